@@ -1,0 +1,3 @@
+"""nanodiffusion: diffusion models on one contract, D(x, sigma, cond) -> E[x0 | x]."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Other systems' own interfaces, expressed on the core."""

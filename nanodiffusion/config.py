@@ -1,0 +1,184 @@
+"""What a run is, as typed data: the Config dataclass, its strict reading, and the objects it describes.
+
+A component is a mapping {"name": row of a table, **options}; names come from explicit tables, never from an import string.
+"""
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from nanodiffusion.errors import UserError, lookup, nearest
+
+Component = dict[str, Any]
+
+
+def component(name: str, **options: Any) -> Any:
+    """A dataclass field whose default is the component `name`."""
+    return field(default_factory=lambda: {"name": name, **options})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How weights are fitted. Steps count optimiser updates; batch_size is global (over processes and accumulation)."""
+
+    steps: int = 1000
+    batch_size: int = 128
+    accumulate: int = 1  # micro-batches per update and process
+    seed: int = 0
+    lr: float = 1e-3
+    optimizer: Component = component("AdamW")  # any class of torch.optim with its options
+    lr_schedule: Component = component("constant")  # constant, cosine, linear, rsqrt (warmup=...) or a torch scheduler
+    clip: float = 0.0  # largest gradient norm; 0 = off
+    loss: str = "mse"  # mse, l1, huber, smooth_l1
+    weight: Component = component("one")  # one, snr, min_snr, edm, sigmoid, p2
+    label_dropout: float = 0.1  # share of labels replaced by the null class
+    ema: list[Component] = field(default_factory=lambda: [{"name": "constant", "decay": 0.999}])
+    compile: bool = False
+    max_bad_steps: int = 10  # consecutive non-finite updates skipped before the run stops
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How pictures are made."""
+
+    sampler: Component = component("dpmpp_2m")
+    ladder: Component = component("karras")
+    steps: int = 20
+    guidance: float = 1.0  # classifier-free guidance scale; 1 = none
+    guidance_rescale: float = 0.0
+    guidance_interval: list[float] = field(default_factory=list)  # [low sigma, high sigma]; empty = everywhere
+    n: int = 64  # pictures of a grid
+
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    """A whole run, from data to pictures: what a recipe file sets and what a checkpoint carries."""
+
+    name: str = "run"
+    out: str = "runs"  # the run lives in out/name
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    precision: str = "fp32"  # of the network's products: fp32, bf16, fp16
+    matmul: str = "high"  # torch.set_float32_matmul_precision: highest, high (TF32 on GPUs), medium
+    data: Component = component("swiss-roll")
+    validation: float = 0.0  # share of the training set held out where the data has no test split; 0 = none
+    net: Component = component("mlp")
+    prediction: str = "eps"  # eps, x0, x0_linear, v, flow, edm
+    sigma_data: float = 0.5  # of prediction edm
+    clock: str = "log"  # log, flow, table
+    schedule: Component = component("log_linear")
+    density: Component = component("table")
+    time_limit: float = 0.0  # seconds of training; 0 = none
+    log_every: int = 100
+    validate_every: int = 0
+    sample_every: int = 0
+    checkpoint_every: int = 1000
+    snapshot_every: int = 0  # EMA snapshots for reconstruction after training
+    keep: int = 3  # rotating checkpoints
+    patience: int = 0  # validations without improvement before the run stops; 0 = never
+    trackers: list[str] = field(default_factory=list)  # tensorboard, mlflow, wandb
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    overwrite: bool = False  # start afresh where another run's files lie
+
+
+# Keys that may differ between a checkpoint and the run that resumes it.
+RESUMABLE = frozenset(
+    "steps name out device compile time_limit log_every validate_every sample_every checkpoint_every keep patience "
+    "trackers sample overwrite".split()
+)
+
+
+def _fits(value: Any, want: Any) -> bool:
+    origin = typing.get_origin(want)
+    if want is Any or want is inspect.Parameter.empty:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in typing.get_args(want))
+    if want is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if want is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if want is type(None):
+        return value is None
+    if origin in (list, tuple) or want in (list, tuple):
+        inner = [a for a in typing.get_args(want) if a is not Ellipsis]
+        return isinstance(value, (list, tuple)) and (len(set(inner)) != 1 or all(_fits(v, inner[0]) for v in value))
+    if origin is dict:
+        return isinstance(value, Mapping)
+    return isinstance(value, want) if isinstance(want, type) else True
+
+
+def check_options(options: Mapping[str, Any], types_of: Mapping[str, Any], key: str) -> None:
+    """Every option must be known and of its annotated type; else a UserError with the nearest valid names."""
+    for k, v in options.items():
+        if k not in types_of:
+            raise UserError(f"unknown key {key}.{k}".replace(" .", " "), fix=nearest(k, types_of))
+        if not _fits(v, types_of[k]):
+            want = getattr(types_of[k], "__name__", types_of[k])
+            raise UserError(
+                "wrong type", key=f"{key}.{k}".lstrip("."), expected=want, found=f"{v!r} ({type(v).__name__})"
+            )
+
+
+def from_dict(cls: type, options: Mapping[str, Any], key: str = "") -> Any:
+    """A dataclass from a mapping, strict in names and types, nested dataclasses included."""
+    hints = typing.get_type_hints(cls)
+    nested = {k: v for k, v in hints.items() if dataclasses.is_dataclass(v)}
+    values = dict(options)
+    for k, sub in nested.items():
+        if isinstance(values.get(k), Mapping):
+            values[k] = from_dict(typing.cast(type, sub), values[k], f"{key}.{k}".lstrip("."))
+    check_options(values, hints, key)
+    return cls(**values)
+
+
+def make(table: Mapping[str, Any], spec: Component, key: str, **given: Any) -> Callable[..., Any] | None:
+    """The row spec["name"] of a table with spec's other items bound as options; `given` are offered where it takes them."""
+    if not isinstance(spec, Mapping) or "name" not in spec:
+        raise UserError("a component needs a name", key=f"{key}.name", found=repr(spec), fix=f"{key}.name=...")
+    row = lookup(table, spec["name"], f"{key}.name")
+    options = {k: v for k, v in spec.items() if k != "name"}
+    if row is None:
+        check_options(options, {}, key)
+        return None
+    target = row.func if isinstance(row, partial) else row
+    parameters = inspect.signature(target).parameters
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    optional = {k: hints.get(k, Any) for k, p in parameters.items() if p.default is not p.empty or k in ("sigmas",)}
+    check_options(options, optional, key)
+    return partial(row, **{k: v for k, v in given.items() if k in parameters}, **options)
+
+
+def validate(config: Config) -> None:
+    """Values that types do not catch."""
+    for key in ("steps", "batch_size", "accumulate", "log_every", "keep", "max_bad_steps"):
+        if getattr(config, key) < 1:
+            raise UserError("must be at least 1", key=key, found=getattr(config, key))
+    for key in (
+        "lr",
+        "clip",
+        "time_limit",
+        "validate_every",
+        "sample_every",
+        "checkpoint_every",
+        "patience",
+        "seed",
+    ):
+        if getattr(config, key) < 0:
+            raise UserError("must not be negative", key=key, found=getattr(config, key))
+    for key in ("label_dropout", "validation"):
+        if not 0 <= getattr(config, key) < 1:
+            raise UserError("must be a share in [0, 1)", key=key, found=getattr(config, key))
+    lookup(dict.fromkeys(("highest", "high", "medium")), config.matmul, "matmul")
+    lookup(dict.fromkeys(("fp32", "bf16", "fp16")), config.precision, "precision")
+
+
+def read_config(options: Mapping[str, Any]) -> Config:
+    """A Config from a mapping (a recipe with its overrides, a checkpoint's header), checked."""
+    config = from_dict(Config, options)
+    validate(config)
+    return config

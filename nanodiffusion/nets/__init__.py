@@ -1,0 +1,71 @@
+"""Networks: `net(x, t, **cond) -> F`. They know no sigma, ladder or guidance.
+
+Each has a frozen config of its own and the attributes `config`, `sample_shape` (of one sample) and `null_label`
+(the class that stands for none; None when the net is unconditional). `IdealDenoiser` is no net but a D.
+"""
+
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanodiffusion.config import check_options
+from nanodiffusion.errors import lookup
+from nanodiffusion.nets.dit import DiT, DiTConfig
+from nanodiffusion.nets.ideal import IdealDenoiser
+from nanodiffusion.nets.mlp import MLP, MLPConfig
+from nanodiffusion.nets.unet import UNet, UNetConfig
+
+__all__ = [
+    "MLP",
+    "NETS",
+    "DiT",
+    "DiTConfig",
+    "IdealDenoiser",
+    "MLPConfig",
+    "UNet",
+    "UNetConfig",
+    "build_net",
+    "net_flops",
+    "net_size",
+]
+
+NETS: dict[str, tuple[type, type[nn.Module]]] = {
+    "mlp": (MLPConfig, MLP),
+    "unet": (UNetConfig, UNet),
+    "dit": (DiTConfig, DiT),
+}
+
+
+def build_net(name: str, **options: Any) -> nn.Module:
+    """The net of that name in NETS, its config made from options as YAML or JSON spell them (lists for tuples).
+
+    Raises UserError on an unknown name or option, with the nearest valid one, and on a value of the wrong type.
+    """
+    config, net = lookup(NETS, name, "net")
+    check_options(options, get_type_hints(config), "net")
+    return net(config(**{key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}))
+
+
+def net_size(net: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def net_flops(net: nn.Module, cond: Mapping[str, Tensor] | None = None) -> int:
+    """FLOPs of one forward pass of one sample, two per multiply-add, of matrix products and convolutions only.
+
+    It runs on shapes alone (the `meta` device), so it costs no memory whatever the size. cond (1 ...) is needed
+    only by nets that take more than a label.
+    """
+    state = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    meta = {key: torch.empty_like(value, device="meta") for key, value in state.items()}
+    x = torch.empty(1, *net.sample_shape, device="meta", dtype=next(net.parameters()).dtype)  # type: ignore[misc]
+    label = {} if net.null_label is None else {"label": torch.empty(1, device="meta", dtype=torch.int64)}
+    inputs = {key: value.to("meta") for key, value in (label if cond is None else cond).items()}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        functional_call(net, meta, (x, torch.empty(1, device="meta")), inputs)
+    return counter.get_total_flops()

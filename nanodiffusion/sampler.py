@@ -1,0 +1,306 @@
+"""One loop; a sampler is a step function (D, x, s, s_next, memory, noise) -> (x, x0, memory). Knows nobody.
+
+Every step solves dx/dsigma = (x - D(x, sigma)) / sigma from s to s_next, or the reverse SDE with the same marginals.
+s and s_next are Python floats, so that no step waits for a device; the D it is given takes (x, sigma (b) on the CPU).
+A step must work for s_next = 0 and with memory None (the first step).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanodiffusion.errors import UserError
+
+D = Callable[[Tensor, Tensor], Tensor]
+Noise = Callable[[Tensor], Tensor]
+Step = Callable[[D, Tensor, float, float, Any, Noise], tuple[Tensor, Tensor, Any]]
+
+
+class State(NamedTuple):
+    """After a step: x (b ...) at level sigma_next, and x0 (b ...), the denoiser's estimate made at level sigma."""
+
+    x: Tensor
+    x0: Tensor
+    sigma: float
+    sigma_next: float
+    step: int
+
+
+def denoise(D: D, x: Tensor, s: float) -> Tensor:
+    """D at one level for the whole batch, in x's dtype."""
+    return D(x, torch.full((len(x),), s, dtype=torch.float64)).to(x.dtype)
+
+
+def _toward(x0: Tensor, x: Tensor, ratio: float) -> Tensor:
+    """x0 + ratio (x - x0): the exact move to another level along a straight line; ratio 0 gives x0 itself."""
+    return torch.lerp(x0, x, ratio) if ratio else x0
+
+
+def euler(D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise) -> tuple[Tensor, Tensor, Any]:
+    """Euler in sigma; the same as DDIM with eta = 0 (Song et al. 2021, eq. 13) and as Euler in flow time."""
+    x0 = denoise(D, x, s)
+    return _toward(x0, x, s_next / s), x0, memory
+
+
+def ancestral(
+    D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise, eta: float = 1.0
+) -> tuple[Tensor, Tensor, Any]:
+    """Euler down to a lower level, then fresh noise back up to s_next: DDIM(eta) in sigma.
+
+    Its noise eta^2 s_next^2 (1 - s_next^2 / s^2) is DDIM's eq. 16 divided by abar (Song et al. 2021);
+    eta = 1 is DDPM's posterior (Ho et al. 2020, eq. 7) and k-diffusion's ancestral Euler.
+    """
+    x0 = denoise(D, x, s)
+    up = min(eta * s_next * math.sqrt(1 - (s_next / s) ** 2), s_next)
+    x = _toward(x0, x, math.sqrt(s_next**2 - up**2) / s)
+    return (x.add(noise(x), alpha=up) if up else x), x0, memory
+
+
+def gradient_estimation(
+    D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise, gam: float = 2.0, mu: float = 0.0
+) -> tuple[Tensor, Tensor, Any]:
+    """eps extrapolated from the last two steps, down to s_p with s_next = s^mu s_p^(1-mu), noise up (Permenter & Yuan 2024).
+
+    (gam, mu) = (1, 0) is DDIM, (1, 1/2) DDPM on a fine ladder, (2, 0) the accelerated sampler.
+    """
+    x0 = denoise(D, x, s)
+    eps = (x - x0) / s
+    s_down = (s_next / s**mu) ** (1 / (1 - mu))
+    up = math.sqrt(max(s_next**2 - s_down**2, 0.0))
+    x = _toward(x0, x, s_down / s)
+    if memory is not None:
+        x = x.add(eps - memory, alpha=(gam - 1) * (s_down - s))
+    return (x.add(noise(x), alpha=up) if up else x), x0, eps
+
+
+def heun(
+    D: D,
+    x: Tensor,
+    s: float,
+    s_next: float,
+    memory: Any,
+    noise: Noise,
+    churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> tuple[Tensor, Tensor, Any]:
+    """Heun's second-order step, Euler to 0; with churn the stochastic sampler (Karras et al. 2022, algorithms 1 and 2).
+
+    churn: gamma = min(S_churn / steps, sqrt(2) - 1), by which noise first raises levels within [s_tmin, s_tmax].
+    """
+    if churn and s_tmin <= s <= s_tmax:
+        x = x.add(noise(x), alpha=s_noise * s * math.sqrt((1 + churn) ** 2 - 1))
+        s = s * (1 + churn)
+    x0 = denoise(D, x, s)
+    x1 = _toward(x0, x, s_next / s)
+    if s_next == 0:
+        return x1, x0, memory
+    slope = ((x - x0) / s).add_((x1 - denoise(D, x1, s_next)) / s_next)
+    return x.add(slope, alpha=(s_next - s) / 2), x0, memory
+
+
+def rk4(D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise) -> tuple[Tensor, Tensor, Any]:
+    """The classical fourth-order Runge-Kutta step with its midpoint in sigma; Euler to 0, where the slope is singular."""
+    x0 = denoise(D, x, s)
+    if s_next == 0:
+        return x0, x0, memory
+    h, mid = s_next - s, (s + s_next) / 2
+    slope = lambda x, s: (x - denoise(D, x, s)) / s  # noqa: E731
+    k1 = (x - x0) / s
+    k2 = slope(x.add(k1, alpha=h / 2), mid)
+    k3 = slope(x.add(k2, alpha=h / 2), mid)
+    k4 = slope(x.add(k3, alpha=h), s_next)
+    return x.add(k1 + 2 * k2 + 2 * k3 + k4, alpha=h / 6), x0, memory
+
+
+def _lagrange_integral(nodes: tuple[float, ...], j: int, a: float, b: float) -> float:
+    """Integral from a to b of the Lagrange basis polynomial of node j, exact: powers of (sigma - a), highest first."""
+    poly = [1.0]
+    for k, node in enumerate(nodes):
+        if k != j:
+            root, scale = node - a, nodes[j] - node
+            poly = [(p - root * q) / scale for p, q in zip([*poly, 0.0], [0.0, *poly])]
+    h = b - a
+    return sum(c * h ** (len(poly) - i) / (len(poly) - i) for i, c in enumerate(poly))
+
+
+def lms(
+    D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise, order: int = 4
+) -> tuple[Tensor, Tensor, Any]:
+    """Linear multistep: the integral of the polynomial through the last `order` slopes (Adams-Bashforth, uneven steps)."""
+    x0 = denoise(D, x, s)
+    slope = (x - x0) / s
+    history = [(slope, s), *(memory or [])][:order]
+    nodes = tuple(node for _, node in history)
+    x = _toward(x0, x, s_next / s)  # the weights sum to s_next - s: Euler, then what the older slopes change
+    for j, (older, _) in enumerate(history[1:], start=1):
+        x = x.add(older - slope, alpha=_lagrange_integral(nodes, j, s, s_next))
+    return x, x0, history
+
+
+def dpmpp_2m(D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise) -> tuple[Tensor, Tensor, Any]:
+    """DPM-Solver++(2M), exponential integrator in -ln sigma (Lu et al. 2022b, algorithm 2); first order to 0."""
+    x0 = denoise(D, x, s)
+    mean = x0
+    if memory is not None and s_next > 0:
+        previous, s_previous = memory
+        r = math.log(s_previous / s) / math.log(s / s_next)
+        mean = torch.lerp(previous, x0, 1 + 1 / (2 * r))
+    return _toward(mean, x, s_next / s), x0, (x0, s)
+
+
+def dpmpp_2m_sde(
+    D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise, eta: float = 1.0
+) -> tuple[Tensor, Tensor, Any]:
+    """SDE-DPM-Solver++(2M), midpoint form (Lu et al. 2022b, section 5); eta = 0 is `dpmpp_2m`."""
+    x0 = denoise(D, x, s)
+    if s_next == 0:
+        return x0, x0, (x0, s)
+    h = math.log(s / s_next)
+    mean = x0
+    if memory is not None:
+        previous, s_previous = memory
+        mean = torch.lerp(previous, x0, 1 + h / (2 * math.log(s_previous / s)))
+    x = _toward(mean, x, math.exp(-(1 + eta) * h))
+    up = s_next * math.sqrt(-math.expm1(-2 * eta * h))
+    return (x.add(noise(x), alpha=up) if up else x), x0, (x0, s)
+
+
+def dpmpp_3m_sde(
+    D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise, eta: float = 1.0
+) -> tuple[Tensor, Tensor, Any]:
+    """The three-step SDE solver of the same family, as published (k-diffusion): D extrapolated in -ln sigma.
+
+    Its curvature term is half of the parabola's own integral; it converges at order 2, with a smaller error than 2M.
+    """
+    x0 = denoise(D, x, s)
+    history = [(x0, s), *(memory or [])][:3]
+    if s_next == 0:
+        return x0, x0, history
+    h = math.log(s / s_next)
+    a = (1 + eta) * h
+    x_next = _toward(x0, x, math.exp(-a))
+    phi2 = math.expm1(-a) / a + 1
+    if len(history) > 1:
+        x1, s1 = history[1]
+        r0 = math.log(s1 / s) / h
+        d1 = (x0 - x1) / r0
+        if len(history) > 2:
+            x2, s2 = history[2]
+            r1 = math.log(s2 / s1) / h
+            d1_previous = (x1 - x2) / r1
+            d2 = (d1 - d1_previous) / (r0 + r1)
+            d1 = d1.add(d2, alpha=r0)
+            x_next = x_next.sub(d2, alpha=phi2 / a - 0.5)
+        x_next = x_next.add(d1, alpha=phi2)
+    up = s_next * math.sqrt(-math.expm1(-2 * eta * h))
+    return (x_next.add(noise(x), alpha=up) if up else x_next), x0, history
+
+
+@lru_cache(maxsize=4096)
+def _unipc_weights(ratios: tuple[float, ...], h: float) -> tuple[float, ...]:
+    """rho solving sum_k rho_k r_k^(i-1) = B(h)^-1 i! phi_{i+1}(-h) with B(h) = e^h - 1 in data prediction ("bh2")."""
+    hh = -h
+    phi, factorial, rows, right = math.expm1(hh) / hh - 1, 1.0, [], []
+    for i in range(1, len(ratios) + 1):
+        rows.append([r ** (i - 1) for r in ratios])
+        right.append(phi * factorial / math.expm1(hh))
+        factorial *= i + 1
+        phi = phi / hh - 1 / factorial
+    return tuple(torch.linalg.solve(torch.tensor(rows).double(), torch.tensor(right).double()).tolist())
+
+
+def unipc(
+    D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise, order: int = 2
+) -> tuple[Tensor, Tensor, Any]:
+    """UniPC in data prediction with B2(h): correct x with the D just computed at it, then predict (Zhao et al. 2023).
+
+    memory: (x before the last prediction, history of (D, s) newest first). One evaluation a step; first order to 0.
+    """
+    x0 = denoise(D, x, s)
+    x_previous, history = memory if memory is not None else (None, [])
+    if history:  # UniC: the same step again, with the new estimate among the nodes
+        x = _unipc_move(x_previous, history, s, order, corrected=x0)
+    history = [(x0, s), *history][:order]
+    if s_next == 0:
+        return x0, x0, (x, history)
+    return _unipc_move(x, history, s_next, order, corrected=None), x0, (x, history)
+
+
+def _unipc_move(x: Tensor, history: list, s_next: float, order: int, corrected: Tensor | None) -> Tensor:
+    (x0, s), *older = history[:order]
+    h = math.log(s / s_next)
+    ratios = [math.log(s / s_old) / h for _, s_old in older]
+    differences = [(x_old - x0) / r for (x_old, _), r in zip(older, ratios)]
+    if corrected is not None:
+        ratios, differences = [*ratios, 1.0], [*differences, corrected - x0]
+    # In prediction of order 2 and correction of order 1 the paper takes 1/2 instead of the solution.
+    rhos = (0.5,) if len(ratios) == 1 else _unipc_weights(tuple(ratios), h) if ratios else ()
+    out = _toward(x0, x, s_next / s)
+    for rho, difference in zip(rhos, differences):
+        out = out.sub(difference, alpha=math.expm1(-h) * rho)
+    return out
+
+
+STEPS: dict[str, Step] = {
+    "ddpm": ancestral,
+    "ddim": partial(ancestral, eta=0.0),
+    "gradient_estimation": gradient_estimation,
+    "euler": euler,
+    "euler_ancestral": ancestral,
+    "heun": heun,
+    "rk4": rk4,
+    "lms": lms,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "unipc": unipc,
+}
+
+
+class ImageNoise:
+    """Unit noise with one seed per image, drawn on the CPU in fp32: image i is the same alone, in a batch and on any device."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+
+    def draw(self, *shape: int) -> Tensor:
+        """The next noise of every image: (b, *shape) fp32 on the CPU."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.draw(*x.shape[1:]).to(x)
+
+
+def start(sigmas: Tensor, noise: Tensor, x0: Tensor | None = None, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Initial x and the ladder to follow: (k+1), noise (b ...) -> x (b ...), (<= k+1).
+
+    Without x0, pure noise at sigmas[0]. With x0, image to image: the last `strength` in (0, 1] of the steps,
+    started from x0 + sigma * noise (Meng et al. 2022, SDEdit).
+    """
+    steps = len(sigmas) - 1
+    if not 0 < strength <= 1:
+        raise UserError("impossible strength", key="strength", expected="0 < strength <= 1", found=strength)
+    rest = sigmas if x0 is None else sigmas[steps - max(1, round(steps * strength)) :]
+    x = float(rest[0]) * noise
+    return (x if x0 is None else x0 + x), rest
+
+
+@torch.no_grad()
+def sample(D: D, x: Tensor, sigmas: Tensor, step: Step = dpmpp_2m, noise: Noise = torch.randn_like) -> Iterator[State]:
+    """Yield the state after every step: x (b ...) at level sigmas[0], sigmas (k+1) decreasing to 0 -> k states.
+
+    D: (x, sigma (b) float64 on the CPU) -> E[x0 | x]. The state is fp32 (fp64 if x is).
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    levels = sigmas.double().tolist()
+    memory = None
+    for k, (s, s_next) in enumerate(pairwise(levels)):
+        x, x0, memory = step(D, x, s, s_next, memory, noise)
+        yield State(x, x0, s, s_next, k)

@@ -1,0 +1,303 @@
+"""The one training loop: sigma and noise -> loss -> step, a generator. Serves every net, from the swiss roll upwards.
+
+Everything random in step k is a function of (seed, k): one generator draws for the global batch and a process keeps its slice.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nanodiffusion.config import TrainConfig, from_dict, make
+from nanodiffusion.data import order
+from nanodiffusion.denoiser import WEIGHTS, Cond, Denoiser
+from nanodiffusion.distributed import World
+from nanodiffusion.ema import EMA, build_profile
+from nanodiffusion.errors import UserError
+from nanodiffusion.noise import Density
+
+
+class Data(Protocol):
+    """What the loop needs of a data set."""
+
+    shape: tuple[int, ...]
+    draws: int
+
+    def __len__(self) -> int: ...
+    def to(self, device: torch.device) -> "Data": ...
+    def batch(self, index: Tensor, u: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class Step(NamedTuple):
+    """After update number `step`: the global mean loss, and what went into it on this process."""
+
+    step: int
+    loss: Tensor  # () over the global batch
+    losses: Tensor  # (b) per sample, before weighting is averaged
+    sigma: Tensor  # (b)
+    grad_norm: Tensor  # ()
+    lr: float
+    skipped: bool  # the update was not finite and was not made
+
+
+class Objective(nn.Module):
+    """The weighted loss per sample as a module, which is what DDP and compile wrap."""
+
+    def __init__(self, denoiser: Denoiser, distance: str = "mse", weight: Callable[..., Tensor] | None = None) -> None:
+        super().__init__()
+        self.denoiser, self.distance, self.weight = denoiser, distance, weight
+
+    def forward(self, x0: Tensor, sigma: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+        """x0, eps (b ...), sigma (b) -> (b)."""
+        return self.denoiser.loss(x0, sigma, eps, cond, self.distance, self.weight)
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit seed from several numbers (splitmix64's finaliser)."""
+    z = 0
+    for n in numbers:
+        z = (z + n + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        z ^= z >> 31
+    return z >> 1
+
+
+# -- optimisers and learning rates ---------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    k: v
+    for k, v in vars(torch.optim).items()
+    if inspect.isclass(v) and issubclass(v, torch.optim.Optimizer) and v is not torch.optim.Optimizer
+}
+TORCH_SCHEDULERS = {
+    k: v
+    for k, v in vars(torch.optim.lr_scheduler).items()
+    if inspect.isclass(v) and issubclass(v, torch.optim.lr_scheduler.LRScheduler) and not k.startswith("_")
+}
+
+
+def constant(step: int, steps: int, warmup: int = 0) -> float:
+    """Linear warm-up, then 1."""
+    return min(1.0, (step + 1) / warmup) if warmup else 1.0
+
+
+def cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Linear warm-up, then half a cosine from 1 to `final` (Loshchilov & Hutter 2017)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+
+
+def linear(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Linear warm-up, then linear from 1 to `final`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return final + (1 - final) * (1 - min(1.0, (step - warmup) / max(1, steps - warmup)))
+
+
+def rsqrt(step: int, steps: int, warmup: int = 0, hold: int = 1000) -> float:
+    """Linear warm-up, 1 until `hold`, then sqrt(hold / step) (Karras et al. 2024b, eq. 67)."""
+    return constant(step, steps, warmup) / math.sqrt(max(1.0, step / hold))
+
+
+LR_SCHEDULES: dict[str, Callable[..., Any]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "linear": linear,
+    "rsqrt": rsqrt,
+    **TORCH_SCHEDULERS,
+}
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser by name, fused where torch has it."""
+    spec = config.optimizer
+    cls = OPTIMIZERS.get(spec.get("name", ""))
+    fused = {"fused": True} if cls and "fused" in inspect.signature(cls).parameters else {}
+    build = make(OPTIMIZERS, {**({} if "foreach" in spec else fused), **spec}, "optimizer", lr=config.lr)
+    assert build is not None
+    return build(parameters)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate schedule by name: one of ours as a factor of the step, or a torch class with its own options."""
+    spec = config.lr_schedule
+    if spec.get("name") in TORCH_SCHEDULERS:
+        row = TORCH_SCHEDULERS[spec["name"]]
+        try:
+            return row(optimizer, **{k: v for k, v in spec.items() if k != "name"})
+        except TypeError as e:
+            raise UserError(f"torch's {spec['name']} refuses its options", key="lr_schedule", found=str(e)) from None
+    factor = make(LR_SCHEDULES, spec, "lr_schedule", steps=config.steps)
+    assert factor is not None
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: factor(k))
+
+
+# -- the loop ------------------------------------------------------------------------------------------------------------
+
+
+class Draw(NamedTuple):
+    """Everything random about (a part of) a batch: which samples, their noise, their augmentation, which labels go."""
+
+    index: Tensor  # (b)
+    sigma: Tensor  # (b)
+    eps: Tensor  # (b ...)
+    u: Tensor  # (b draws)
+    keep: Tensor  # (b) bool, False = the null class
+
+
+class Trainer:
+    """Fits a denoiser to data: iterate over it, one `Step` per update. Its `state` is all a resumed run needs.
+
+    density: (n, generator) -> sigma (n), see noise.py. The denoiser is trained where `world.device` is.
+    Raises UserError for a batch that does not divide, and after `max_bad_steps` non-finite updates in a row.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        data: Data,
+        density: Density,
+        config: TrainConfig,
+        world: World | None = None,
+    ) -> None:
+        self.config, self.world, self.density = config, world or World(), density
+        self.parts = config.accumulate * self.world.size
+        if config.batch_size % self.parts:
+            raise UserError(
+                "the global batch does not divide into micro-batches",
+                key="batch_size",
+                expected=f"a multiple of accumulate * processes = {self.parts}",
+                found=config.batch_size,
+            )
+        device = self.world.device
+        self.denoiser, self.data = denoiser.to(device), data.to(device)
+        self.null_label = getattr(denoiser.net, "null_label", None)
+        self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.parameters, config)
+        self.scheduler = make_scheduler(self.optimizer, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=denoiser.precision == torch.float16)
+        self.emas = [EMA(denoiser.net, build_profile(**spec)) for spec in config.ema]
+        self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in denoiser.modules())
+        self.generator = torch.Generator(device)
+        self.step, self.bad_steps = 0, 0
+        self.plain_objective = Objective(denoiser, config.loss, make(WEIGHTS, config.weight, "weight"))
+        self.objective = self._wrap(self.plain_objective)
+
+    def _wrap(self, objective: nn.Module) -> nn.Module:
+        if self.config.compile:
+            objective.compile()
+        if self.world.size == 1:
+            return objective
+        ids = [self.world.device] if self.world.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False)
+
+    def __iter__(self) -> Iterator[Step]:
+        while self.step < self.config.steps:
+            yield self.update()
+
+    def draw(self) -> list[Draw]:
+        """This process's micro-batches of update `self.step`, each a slice of one draw for the global batch."""
+        b, g = self.config.batch_size, self.generator.manual_seed(mix(self.config.seed, self.step))
+        uniform = lambda *shape: torch.rand(*shape, generator=g, device=g.device)  # noqa: E731
+        whole = Draw(
+            index=order(len(self.data), b, self.config.seed, self.step).to(g.device),
+            sigma=self.density(b, g),
+            eps=torch.randn(b, *self.data.shape, generator=g, device=g.device),
+            u=uniform(b, self.data.draws),
+            keep=uniform(b) >= self.config.label_dropout if self.null_label is not None else self._all(b),
+        )
+        if self.parts == 1:
+            return [whole]
+        cuts = zip(*(t.chunk(self.parts) for t in whole))
+        return [Draw(*cut) for i, cut in enumerate(cuts) if i % self.world.size == self.world.rank]
+
+    def _all(self, b: int) -> Tensor:
+        return torch.ones(b, dtype=torch.bool, device=self.world.device)
+
+    def losses(self, draw: Draw) -> Tensor:
+        """Weighted loss per sample of a draw: -> (b)."""
+        x0, cond = self.data.batch(draw.index, draw.u)
+        if self.null_label is not None:
+            cond = {**cond, "label": torch.where(draw.keep, cond["label"], self.null_label)}
+        return self.objective(x0, draw.sigma, draw.eps, cond)
+
+    def update(self) -> Step:
+        """One optimiser update over the global batch."""
+        if self.has_dropout:
+            torch.manual_seed(mix(self.config.seed, self.step, 1 + self.world.rank))
+        self.denoiser.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        draws, losses = self.draw(), []
+        for k, draw in enumerate(draws):
+            waits = self.world.size > 1 and k + 1 < len(draws)
+            with self.objective.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                loss = self.losses(draw)
+                self.scaler.scale(loss.mean() / len(draws)).backward()
+            losses.append(loss.detach())
+        lr = self.optimizer.param_groups[0]["lr"]
+        norm, skipped = self._apply()
+        per_sample = torch.cat(losses)
+        mean = self.world.mean(per_sample.mean())
+        self.step += 1
+        self._guard(skipped, mean)
+        return Step(self.step, mean, per_sample, torch.cat([d.sigma for d in draws]), norm, lr, skipped)
+
+    def _apply(self) -> tuple[Tensor, bool]:
+        """Clip, update weights, learning rate and averages; a non-finite gradient changes nothing but the loss scale."""
+        self.scaler.unscale_(self.optimizer)
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        skipped = not bool(norm.isfinite())
+        if not skipped:
+            if self.config.clip:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+            self.scaler.step(self.optimizer)
+            for ema in self.emas:
+                ema.update(self.step + 1)
+        if self.scaler.is_enabled():
+            self.scaler.update(None if not skipped else self.scaler.get_scale() * self.scaler.get_backoff_factor())
+        self.scheduler.step()
+        return norm, skipped
+
+    def _guard(self, skipped: bool, loss: Tensor) -> None:
+        self.bad_steps = self.bad_steps + 1 if skipped else 0
+        if self.bad_steps >= self.config.max_bad_steps:
+            raise UserError(
+                f"{self.bad_steps} updates in a row were not finite and were skipped; the weights are those before them",
+                found=f"loss {loss.item()} at step {self.step}",
+                fix="a lower lr, clip=1.0, warm-up, or precision=fp32",
+            )
+
+    def state(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        """State dicts of weights, averages and optimiser, and the small rest; see `load_state`."""
+        big = {"model": self.denoiser.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+        big |= {f"ema-{i}": ema.tensors for i, ema in enumerate(self.emas)}
+        small = {"step": self.step, "bad_steps": self.bad_steps, "scaler": self.scaler.state_dict()}
+        return big, small | {"scheduler": self.scheduler.state_dict()}
+
+    def load_state(self, big: dict[str, dict[str, Any]], small: dict[str, Any]) -> None:
+        """Continue exactly where `state` was taken."""
+        self.denoiser.net.load_state_dict(big["model"])
+        self.optimizer.load_state_dict(big["optimizer"])
+        for i, ema in enumerate(self.emas):
+            ema.load(big[f"ema-{i}"])
+        self.scaler.load_state_dict(small["scaler"])
+        self.scheduler.load_state_dict(small["scheduler"])
+        self.step, self.bad_steps = small["step"], small["bad_steps"]
+
+
+def train(
+    denoiser: Denoiser, data: Data, density: Density, world: World | None = None, **options: Any
+) -> Iterator[Step]:
+    """Fit a denoiser and yield after every update: `for step in train(D, data, density, steps=1000, lr=1e-3)`.
+
+    options: the fields of TrainConfig.
+    """
+    yield from Trainer(denoiser, data, density, from_dict(TrainConfig, options), world)
