@@ -70,7 +70,7 @@ def save_tensors(path: str | Path, tensors: Tensors, meta: dict[str, Any]) -> No
     chunks = _safetensors(tensors, meta)
     beside = path.with_name(f".tmp-{path.name}")
     with _write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         try:
             _write(beside, chunks)
             os.replace(beside, path)
@@ -286,9 +286,10 @@ def _save_folder(root: Path, name: str, step: int, files: Files, state: dict[str
         contents[_plain(stem) + SUFFIX] = _safetensors(tensors, meta)
     contents[STATE] = [_json({"step": step, "state": state}, "state").encode()]
     with _write_errors(target):
+        _make_folder(root)
         _tidy(root)
         try:
-            beside.mkdir(parents=True)
+            beside.mkdir()
             entries = {file: _write(beside / file, chunks) for file, chunks in contents.items()}
             _write(beside / MANIFEST, [_manifest(entries)])
             _sync(beside)
@@ -343,6 +344,14 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
         f.flush()
         os.fsync(f.fileno())
     return {"sha256": digest.hexdigest(), "size": size}
+
+
+def _make_folder(folder: Path) -> None:
+    """`mkdir -p` that puts each new name through to the disk."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
 
 
 def _sync(folder: Path) -> None:

@@ -223,8 +223,8 @@ def reconstruct(
     """The power average of width `target_sigma_rel` at `target_step`, after training, from snapshots of others.
 
     Floats are summed in fp64 and come in fp32; the rest is copied from the snapshot nearest in time. UserError:
-    fewer than two snapshots, none as late as the target, different names or shapes. Karras et al. 2024,
-    algorithm 3.
+    fewer than two snapshots, none as late as the target, different names or shapes. Needs some six snapshots of each
+    width before the target to be close. Karras et al. 2024, algorithm 3.
     """
     shots = [Snapshot(*s) for s in snapshots]
     _require(len(shots) >= 2, "snapshots", "two or more", len(shots))

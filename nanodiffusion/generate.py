@@ -11,7 +11,7 @@ from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.errors import UserError
 from nanodiffusion.guidance import Bound, bind, cfg, null_labels
 from nanodiffusion.noise import LADDERS, Schedule
-from nanodiffusion.sampler import STEPS, ImageNoise, State, sample, start
+from nanodiffusion.sampler import STEPS, ImageNoise, State, Step, sample, start
 
 
 def make_ladder(config: SampleConfig, schedule: Schedule) -> Tensor:
@@ -19,6 +19,25 @@ def make_ladder(config: SampleConfig, schedule: Schedule) -> Tensor:
     ladder = make(LADDERS, config.ladder, "sample.ladder")
     assert ladder is not None
     return ladder(schedule, config.steps)
+
+
+def make_step(config: SampleConfig) -> Step:
+    """The sampler's step function."""
+    step = make(STEPS, config.sampler, "sample.sampler")
+    assert step is not None
+    return step
+
+
+def check_sampling(denoiser: Denoiser, config: SampleConfig, schedule: Schedule) -> None:
+    """UserError, before any training, for what `generate` would refuse after it."""
+    make_step(config)
+    make_ladder(config, schedule)
+    if config.n < 1:
+        raise UserError("must be at least 1", key="sample.n", found=config.n)
+    if len(config.guidance_interval) not in (0, 2):
+        raise UserError("an interval has two ends", key="sample.guidance_interval", found=config.guidance_interval)
+    null = getattr(denoiser.net, "null_label", None)
+    guided(denoiser, None if null is None else torch.zeros(0, dtype=torch.int64), config)
 
 
 def guided(denoiser: Denoiser, labels: Tensor | None, config: SampleConfig) -> Bound:
@@ -60,11 +79,9 @@ def generate(
     device = next(denoiser.parameters()).device
     noise = ImageNoise(seeds)
     x, ladder = start(make_ladder(config, schedule), noise.draw(*shape), None if x0 is None else x0.cpu(), strength)
-    step = make(STEPS, config.sampler, "sample.sampler")
-    assert step is not None
     denoiser.eval()
     D = guided(denoiser, None if labels is None else labels.to(device), config)
-    return sample(D, x.to(device), ladder, step, noise)
+    return sample(D, x.to(device), ladder, make_step(config), noise)
 
 
 @lru_cache

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from .errors import UserError, need
 
 Row = Mapping[str, Any]
 
-MAX_ROWS, MAX_TEXT = 200, 300  # of a table; of a value, in characters
+MAX_ROWS, MAX_KEY, MAX_TEXT = 150, 80, 300  # rows of one file in the page; characters of a name, of a value
 KB = 1000
 # name in the folder, caption, most bytes of it in the page
 SCHEDULE = ("schedule.png", "Noise schedule and the sampler's levels", 150 * KB)
 PICTURES = (
-    ("samples.png", "Samples", 700 * KB),
-    ("trajectory.gif", "Trajectory: x on the left, its x0 estimate on the right", 900 * KB),
+    ("samples.png", "Samples", 600 * KB),
+    ("trajectory.gif", "Trajectory: x on the left, its x0 estimate on the right", 700 * KB),
     ("strip.png", "From noise to sample", 250 * KB),
 )
 GRIDS, GRID_BYTES = 6, 110 * KB  # of samples/step-*.png
@@ -109,10 +109,10 @@ def _page(run: Path) -> str:
     return PAGE.format(title=_text(run.resolve().name), style=STYLE, body="\n".join(p for p in parts if p))
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, most: int = MAX_TEXT) -> str:
     """Any value as short, escaped text: names and values come from files and are trusted in nothing."""
     words = f"{value:.6g}" if isinstance(value, float) else "none" if value is None else str(value)
-    words = words if len(words) <= MAX_TEXT else words[: MAX_TEXT - 1] + "…"
+    words = words if len(words) <= most else words[: most - 1] + "…"
     return html.escape(words, quote=True)
 
 
@@ -178,11 +178,11 @@ def _flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [pair for key, value in tree.items() for pair in _flat(value, f"{prefix}.{key}" if prefix else str(key))]
 
 
-def _table(pairs: Sequence[tuple[str, Any]]) -> str:
+def _table(pairs: Sequence[tuple[str, Any]], most: int = MAX_ROWS) -> str:
     if not pairs:
         return ""
-    body = "".join(f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>" for key, value in pairs[:MAX_ROWS])
-    return f"<table class=facts>{body}</table>{_more(len(pairs) - MAX_ROWS)}"
+    body = "".join(f"<tr><th>{_text(k, MAX_KEY)}</th><td>{_text(v)}</td></tr>" for k, v in pairs[:most])
+    return f"<table class=facts>{body}</table>{_more(len(pairs) - most)}"
 
 
 def _more(count: int) -> str:
@@ -190,10 +190,15 @@ def _more(count: int) -> str:
 
 
 def _nested(tree: Row) -> str:
-    """A table per group of a nested dict, the loose values first."""
+    """A table per group of a nested dict, the loose values first, at most MAX_ROWS rows together."""
     loose = {key: value for key, value in tree.items() if not isinstance(value, Mapping)}
-    groups = {"general": loose, **{str(key): value for key, value in tree.items() if isinstance(value, Mapping)}}
-    return _columns([f"<div><h3>{_text(k)}</h3>{_table(_flat(v))}</div>" for k, v in list(groups.items())[:20] if v])
+    groups = {"general": loose, **{key: value for key, value in tree.items() if isinstance(value, Mapping)}}
+    tables, left = [], MAX_ROWS
+    for name, pairs in ((name, _flat(group)) for name, group in groups.items() if group):
+        if left > 0:
+            tables.append(f"<div><h3>{_text(name, MAX_KEY)}</h3>{_table(pairs, left)}</div>")
+        left -= len(pairs)
+    return _columns(tables)
 
 
 def _census(data: Row) -> str:
@@ -208,7 +213,7 @@ def _bars(counts: Row, most: int = 40) -> str:
     numbers = [(key, n) for key, n in counts.items() if isinstance(n, int | float) and math.isfinite(n) and n >= 0]
     top = max((n for _, n in numbers), default=0) or 1
     body = "".join(
-        f"<tr><th>{_text(key)}</th><td class=bar><i style='width:{100 * n / top:.1f}%'></i></td>"
+        f"<tr><th>{_text(key, MAX_KEY)}</th><td class=bar><i style='width:{100 * n / top:.1f}%'></i></td>"
         f"<td class=n>{n:,}</td></tr>"
         for key, n in numbers[:most]
     )
@@ -221,7 +226,7 @@ def _metrics_table(rows: Sequence[Row]) -> str:
     values = [(key, show.series(rows, key)[1]) for key in keys[:MAX_ROWS]]
     head = "".join(f"<th>{name}</th>" for name in ("", "rows", "first", "least", "median", "last"))
     body = "".join(
-        f"<tr><th>{_text(key)}</th>{''.join(f'<td class=n>{_text(x)}</td>' for x in _summary(v))}</tr>"
+        f"<tr><th>{_text(key, MAX_KEY)}</th>{''.join(f'<td class=n>{_text(x)}</td>' for x in _summary(v))}</tr>"
         for key, v in values
         if len(v)
     )
@@ -318,21 +323,24 @@ def _fitted(path: Path, most: int) -> tuple[str, bytes]:
         return kind, content
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return next(copy for copy in _smaller(image, kind) if len(copy[1]) <= most)
+            return (
+                ("gif", _shrunk(image, _small_gif, most))
+                if kind == "gif"
+                else ("jpeg", _shrunk(image, _small_jpeg, most))
+            )
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UserError(
             f"{path.name} is not a picture", file=path, found=str(e), fix="remove it or write it again"
         ) from e
 
 
-def _smaller(image: Image.Image, kind: str) -> Iterable[tuple[str, bytes]]:
-    """Ever smaller copies down to a dot: a JPEG of a still picture, a GIF of at most 40 frames of a moving one."""
-    moving, side = kind == "gif", 1200
-    while True:
-        yield ("gif", _small_gif(image, side // 2)) if moving else ("jpeg", _small_jpeg(image, side))
-        if side == 1:
-            return
-        side = max(1, side * 3 // 4)
+def _shrunk(image: Image.Image, encode: Callable[[Image.Image, int], bytes], most: int) -> bytes:
+    """encode(image, side) at the first side, from 640 down, that gives at most `most` bytes."""
+    side, content = 640, encode(image, 640)
+    while len(content) > most and side > 1:
+        side = max(1, int(side * min(0.9, 0.95 * math.sqrt(most / len(content)))))  # bytes grow with the area
+        content = encode(image, side)
+    return content
 
 
 def _small_jpeg(image: Image.Image, side: int) -> bytes:

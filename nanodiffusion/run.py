@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanodiffusion.checkpoint import (
     Checkpoint,
@@ -38,7 +38,7 @@ from nanodiffusion.denoiser import Denoiser, edm
 from nanodiffusion.distributed import World
 from nanodiffusion.ema import save_snapshot
 from nanodiffusion.errors import UserError
-from nanodiffusion.generate import cycled, generate
+from nanodiffusion.generate import check_sampling, cycled, generate
 from nanodiffusion.nets import NETS, build_net, net_flops, net_size
 from nanodiffusion.noise import DENSITIES, SCHEDULES, Density, Schedule
 from nanodiffusion.show import grid, point_cloud, save_png
@@ -75,6 +75,18 @@ def fit_net(config: Config, shape: tuple[int, ...], classes: int) -> Config:
         k: v for k, v in known.items() if k in taken and k not in config.net and not (k == "dim" and name != "mlp")
     }
     return replace(config, net={**config.net, **given})
+
+
+def check_net(net: nn.Module, shape: tuple[int, ...]) -> None:
+    """UserError unless a net is made for samples of `shape`."""
+    if tuple(net.sample_shape) != tuple(shape):  # type: ignore[arg-type]
+        raise UserError(
+            "the net does not fit the data",
+            key="net",
+            expected=f"samples of {tuple(shape)}",
+            found=f"a net for {tuple(net.sample_shape)}",  # type: ignore[arg-type]
+            fix="leave the net's own size out: the data sets it",
+        )
 
 
 def make_denoiser(config: Config) -> Denoiser:
@@ -232,9 +244,13 @@ class Runner:
         self.config = config = fit_net(config, data.shape, len(data.classes))
         self.data = data
         self.schedule, self.density = make_schedule(config), make_density(config)
-        self.trainer = Trainer(make_denoiser(config), data, self.density, config, world)
+        denoiser = make_denoiser(config)
+        check_net(denoiser.net, data.shape)
+        check_sampling(denoiser, config.sample, self.schedule)
+        self.trainer = Trainer(denoiser, data, self.density, config, world)
         self.validator = Validator(self.trainer, held_out, self.density) if held_out and config.validate_every else None
         self.progress = Progress()
+        self.signal = int(signal.SIGTERM)  # what ended a run that ended by "signal"
         self.header = {"config": asdict(config), "shape": list(data.shape), "classes": list(data.classes)}
         self._prepare_folder()
         self._resume()
@@ -378,8 +394,8 @@ class Runner:
         self._tick()
         if cfg.time_limit and self.progress.seconds >= cfg.time_limit:
             reason = "time"
-        if signals & {signal.SIGTERM, signal.SIGINT}:
-            reason = "signal"
+        if stop := signals & {signal.SIGTERM, signal.SIGINT}:
+            reason, self.signal = "signal", int(max(stop))
         if self.world.size > 1:
             stop = self.world.any(bool(reason))
             reason = reason or ("signal" if stop else "")
@@ -438,11 +454,13 @@ class Runner:
         return last.x
 
     def _sample(self) -> None:
+        """Grids of the raw weights and of the first average; a picture that cannot be drawn is never worth a run."""
         for name, weights in (("raw", None), ("ema", 0))[: 1 + bool(self.trainer.emas)]:
-            x = self.pictures(self.config.sample.n, weights)
-            save_png(
-                picture(x, len(self.data.classes)), self.folder / f"samples/step-{self.trainer.step:08d}-{name}.png"
-            )
+            path = self.folder / f"samples/step-{self.trainer.step:08d}-{name}.png"
+            try:
+                save_png(picture(self.pictures(self.config.sample.n, weights), len(self.data.classes)), path)
+            except UserError as e:
+                self.say(f"no {path.name}: {' '.join(str(e).split())}")
 
     def _snapshot(self) -> None:
         for spec, ema in zip(self.config.ema, self.trainer.emas):

@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -213,7 +214,7 @@ def _unipc_weights(ratios: tuple[float, ...], h: float) -> tuple[float, ...]:
         right.append(phi * factorial / math.expm1(hh))
         factorial *= i + 1
         phi = phi / hh - 1 / factorial
-    return tuple(torch.linalg.solve(torch.tensor(rows).double(), torch.tensor(right).double()).tolist())
+    return tuple(np.linalg.solve(rows, right).tolist())
 
 
 def unipc(

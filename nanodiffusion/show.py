@@ -216,8 +216,8 @@ def save_mp4(frames: Frames, path: str | Path, fps: float = 20) -> Path:
     """Write an H.264 MP4 that every player opens (yuv420p, odd sizes padded by repeating the edge); extra `viz`."""
     av = need("av", "viz")
     _check_frames(frames, path)
-    if fps <= 0:
-        raise UserError("a film cannot run at this speed", file=path, key="fps", expected="fps > 0", found=fps)
+    if not 0 < fps <= 1000:
+        raise UserError("a film cannot run at this speed", file=path, key="fps", expected="0 < fps <= 1000", found=fps)
     with (
         atomic(path) as part,
         av.open(str(part), "w", format="mp4", options={"movflags": "faststart"}) as film,

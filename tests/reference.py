@@ -44,7 +44,7 @@ def _stub(*args: Any, **kwargs: Any) -> None:
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """diffusers and smalldiffusion say float32 by name: inside, that name means float64, so that no rounding is compared."""
+    """Inside, the name float32 that diffusers and smalldiffusion use means float64: no rounding is compared."""
     torch_name, numpy_name, default = torch.float32, np.float32, torch.get_default_dtype()
     torch.float32, np.float32 = torch.float64, np.float64
     torch.set_default_dtype(torch.float64)

@@ -24,6 +24,11 @@ SMALL = {
 nets = pytest.mark.parametrize("name", NETS)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
     """Every parameter random, as after training: what starts at zero would hide mistakes."""
     g = torch.Generator().manual_seed(seed)

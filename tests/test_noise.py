@@ -159,11 +159,14 @@ def test_ladder_has_exactly_steps_plus_one_decreasing_levels_and_ends_in_zero(na
             assert bool((ladder.diff() < 0).all()) and ladder[-1] == 0
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 15, 30, 50, 200, 999, 1000])
-@pytest.mark.parametrize("name", ["leading", "linspace"])
+# Left out: one step of linspace, which diffusers starts at the smallest level, and 1000 steps of leading with offset 1,
+# where it visits the last level twice.
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [(name, k) for k in (2, 7, 15, 30, 50, 200, 999) for name in ("leading", "linspace")]
+    + [("leading", 1), ("linspace", 1000)],
+)
 def test_spacing_equals_diffusers(name, steps):
-    if (name, steps) in [("linspace", 1), ("leading", 1000)]:
-        pytest.skip("diffusers starts one step at the smallest level, and visits the last level of 1000 twice")
     want = diffusers_ladder(steps, timestep_spacing=name, steps_offset=1)
     assert_close(LADDERS[name](noise.ldm(), steps), want, rtol=1e-6, atol=0)
 
@@ -174,6 +177,7 @@ def test_leading_offset_equals_diffusers(offset):
     assert_close(noise.leading(noise.ldm(), 30, offset=offset), want, rtol=1e-6, atol=0)
 
 
+# diffusers steps by a float arange: a level too many at 61, 103, 121 ... steps, ties rounded elsewhere at 48, 80 ...
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 15, 20, 25, 30, 50, 100, 200, 500, 1000])
 def test_trailing_equals_diffusers(steps):
     want = diffusers_ladder(steps, timestep_spacing="trailing")

@@ -115,20 +115,22 @@ def test_report_has_curves_without_matplotlib(run, monkeypatch):
 
 
 def test_report_stays_below_five_megabytes(run):
+    large = noise(700, 700)
     for i in range(40):
-        noise(700, 700, i).save(run / "samples" / f"step-{i:03d}.png", compress_level=0)
-    noise(1500, 1500).save(run / "samples.png", compress_level=0)
-    frames = [noise(400, 200, i) for i in range(50)]
+        large.save(run / "samples" / f"step-{i:03d}.png", compress_level=0)
+    noise(900, 700).save(run / "samples.png", compress_level=0)
+    frames = [noise(140, 130, i).convert("L") for i in range(50)]
     frames[0].save(run / "trajectory.gif", save_all=True, append_images=frames[1:], duration=50)
-    big = {f"key{i}": {f"{j}": "&" * 1000 for j in range(40)} for i in range(400)}
-    (run / "config.json").write_text(json.dumps(big))
+    big = {f"key{i}": {"'" * 500 + str(j): "'" * 1000 for j in range(40)} for i in range(400)}
+    for name in ("config", "environment", "data"):
+        (run / f"{name}.json").write_text(json.dumps({**big, "timings": big, "command": "'" * 100_000}))
     path = report.write_report(run)
     assert path.stat().st_size <= 5_000_000
     assert Page(path.read_text()).tags.count("img") == 2 + report.GRIDS
 
 
 def test_a_shrunk_gif_keeps_its_length(tmp_path):
-    frames = [noise(120, 60, i) for i in range(60)]
+    frames = [noise(120, 60, i).convert("L") for i in range(60)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=[50] * 59 + [1500])
     kind, content = report._fitted(tmp_path / "a.gif", 150_000)
     (tmp_path / "b.gif").write_bytes(content)

@@ -176,9 +176,14 @@ def test_unwritable_output_is_a_user_error(tmp_path, name):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     (tmp_path / "a").write_text("old")
-    with pytest.raises(RuntimeError), show.atomic(tmp_path / "a") as part:
-        part.write_text("half")
-        raise RuntimeError
+
+    def fail():
+        with show.atomic(tmp_path / "a") as part:
+            part.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 
 

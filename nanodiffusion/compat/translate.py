@@ -91,7 +91,9 @@ def _merge_modulators(state: State) -> State:
     """(scale, shift), (gate, gate), (scale, shift) of a block -> shift, scale, gate of attention, then of the MLP."""
     merged = {key: value for key, value in state.items() if "modulation" not in key}
     for key in state.keys() - merged.keys():
-        at, layer, kind = re.fullmatch(r"(.*?)(norm1|norm2|scale|final_norm)[._]modulation\.(\w+)", key).groups()
+        match = re.fullmatch(r"(.*?)(norm1|norm2|scale|final_norm)[._]modulation\.(\w+)", key)
+        assert match  # it is one of dit_keys' patterns
+        at, layer, kind = match.groups()
         if layer == "final_norm":
             scale, shift = state[key].chunk(2)
             merged[f"final_layer.adaLN_modulation.1.{kind}"] = torch.cat([shift, scale])

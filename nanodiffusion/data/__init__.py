@@ -118,7 +118,7 @@ def _check_options(name: str, kind: type, options: dict[str, Any]) -> None:
         if key not in known:
             raise UserError(f"{name} has no option {key!r}", key=key, fix=nearest(key, known))
         if not _conforms(value, known[key].type):
-            wanted = getattr(known[key].type, "__name__", known[key].type)
+            wanted = inspect.formatannotation(known[key].type)
             raise UserError(f"{name}.{key} has the wrong type", key=key, expected=wanted, found=repr(value))
     for key, option in known.items():
         if option.default is MISSING and key not in options:

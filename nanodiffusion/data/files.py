@@ -38,7 +38,7 @@ def folder(
     seed: int = 0,
     max_gib: float = 8.0,
 ) -> TensorData:
-    """The PNG, JPEG and WEBP images below `path` as `load_image` reads them, uint8 (n c size size), channels 3 RGB, 1 grey.
+    """The PNG, JPEG and WEBP images below `path` as `load_image` reads them: uint8 (n c size size), channels c 1 or 3.
 
     Where a folder itself holds no image, its sub-folders are the classes. The test set is path/test beside path/train,
     else the `test_fraction` that `tensors.split(all, test_fraction, seed)` sets aside. `skipped` names the files left

@@ -63,6 +63,19 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def xavier_(layer: nn.Conv2d | nn.Linear) -> None:
+    """Xavier's uniform weights, a patch counting as one vector, and no bias, in place: the authors' choice."""
+    nn.init.xavier_uniform_(layer.weight.flatten(1))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def normal_(embedder: nn.Module) -> None:
+    """Weights of standard deviation 0.02 and no biases, in place: the authors' choice for both embedders."""
+    for p in embedder.parameters():
+        nn.init.normal_(p, std=0.02 if p.ndim > 1 else 0.0)
+
+
 class PatchEmbed(nn.Module):
     """Patches of p x p pixels as tokens, row by row: (b c h w) -> (b n d)."""
 
@@ -87,9 +100,9 @@ class Mlp(nn.Module):
 
 def adaln(dim: int, vectors: int) -> nn.Sequential:
     """What turns the embedding into modulation: (b d) -> (b vectors*d), at first zero."""
-    layers = nn.Sequential(nn.SiLU(), nn.Linear(dim, vectors * dim))
-    zero_(layers[1])  # type: ignore[arg-type]
-    return layers
+    last = nn.Linear(dim, vectors * dim)
+    zero_(last)
+    return nn.Sequential(nn.SiLU(), last)
 
 
 class DiTBlock(nn.Module):
@@ -103,6 +116,8 @@ class DiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
         self.adaLN_modulation = adaln(dim, 6)
+        for layer in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
+            xavier_(layer)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(emb).chunk(6, dim=1)
@@ -143,22 +158,11 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", position_embedding(c.grid, c.dim))
         self.blocks = nn.ModuleList(DiTBlock(c) for _ in range(c.depth))
         self.final_layer = FinalLayer(c)
-        self._init()
-
-    def _init(self) -> None:
-        """Peebles & Xie's: Xavier in attention and MLPs, 0.02 in the embedders; what starts at zero stays zero."""
-        inner = [m for block in self.blocks for m in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)]
-        for layer in inner:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: the patch as one vector
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-        if self.y_embedder is not None:
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        xavier_(self.x_embedder.proj)
         zero_(self.final_layer.linear)
+        normal_(self.t_embedder)
+        if self.y_embedder is not None:
+            normal_(self.y_embedder)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         check_sample(x, t, self.sample_shape)

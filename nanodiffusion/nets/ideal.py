@@ -18,9 +18,9 @@ class IdealDenoiser(nn.Module):
 
     data (n ...); labels (n) int64 or None; chunk points at a time, by default as many as fit in 32 MiB. With
     cond["label"] (b) the sum runs over the points of that class, and over all for the null class, max(labels) + 1.
-    sigma = 0 gives the nearest point (the mean of the nearest, in a tie). A class without points gives NaN.
-    All of it is computed in float64 and returned in x's dtype. Raises UserError on an empty data set, on samples
-    of another shape, and on a label when none are known.
+    sigma = 0 gives the nearest point (the mean of the nearest, in a tie). A class without points gives NaN. It is
+    computed in float64, which the device has to know (MPS does not), and returned in x's dtype. Raises UserError
+    on an empty data set, on samples of another shape, and on a label when none are known.
     """
 
     def __init__(self, data: Tensor, labels: Tensor | None = None, chunk: int | None = None) -> None:
@@ -40,7 +40,7 @@ class IdealDenoiser(nn.Module):
         check_sample(x, sigma, self.sample_shape)
         flat = x.flatten(1).double()
         lowest, tiny = torch.finfo(flat.dtype).min, torch.finfo(flat.dtype).tiny
-        variance = sigma.double().square().clamp(min=tiny)[:, None]
+        variance = sigma.to(x.device, torch.float64).square().clamp(min=tiny)[:, None]
         best = flat.new_full((len(x), 1), lowest)
         total, mean = torch.zeros_like(best), torch.zeros_like(flat)
         for points, wanted in self._chunks((cond or {}).get("label")):

@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine with Python 3.11+, make and pip: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test check slow bench bench-gpu quality clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+# torch first and by its exact version: what depends on it then takes the build that is there.
+.venv/base: constraints.txt pyproject.toml
+	@echo "setting up .venv (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) torch
+	@$(PIP) -e '.[train,data,viz]'
+	@touch $@
+
+# smalldiffusion is a reference of the tests; torchvision, which it asks for, has no build for every platform.
+.venv/dev: .venv/base
+	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps smalldiffusion
+	@touch $@
+
+demo: .venv/base  ## train on real images, make pictures, write runs/demo (about 3 minutes of training)
+	@$(BIN)/nanodiffusion demo
+
+test: .venv/dev  ## the default test suite: offline, CPU
+	@$(BIN)/python -m pytest -q
+
+check: .venv/dev  ## format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q
+
+slow: .venv/dev  ## the tests that take minutes
+	@$(BIN)/python -m pytest -q -m slow
+
+bench: .venv/dev  ## speed and memory against peers, both sides in one run
+	@$(BIN)/python -m benchmarks.bench
+
+bench-gpu: .venv/dev  ## the same on a GPU
+	@$(BIN)/python -m benchmarks.bench --gpu
+
+quality: .venv/dev  ## Fashion-MNIST: 15 CPU minutes of ours and of smalldiffusion's U-Net, Fréchet distances
+	@$(BIN)/python -m benchmarks.quality
+
+clean:  ## remove the environment and caches, keep runs
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,189 @@
+"""Recipes: YAML files composed by Hydra, changed by key=value in its grammar, as a plain mapping that read_config checks.
+
+Hydra composes and parses; it instantiates nothing, and a recipe cannot reach the environment or import anything.
+"""
+
+import itertools
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+from nanodiffusion.config import Component, Config
+from nanodiffusion.errors import UserError, need, nearest
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+Recipe = dict[str, Any]
+
+
+def component_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Keys whose value is a component, {"name": ..., **options}: data, net, sample.sampler, ..."""
+    found = []
+    for key, kind in typing.get_type_hints(cls).items():
+        if kind == Component:
+            found.append(prefix + key)
+        if is_dataclass(kind):
+            found += component_keys(typing.cast(type, kind), f"{prefix}{key}.")
+    return found
+
+
+# -- files ---------------------------------------------------------------------------------------------------------------
+
+
+def find_recipe(recipe: str, folder: str | Path | None = None) -> Path:
+    """The file of a recipe: a path to a .yaml file, a name in `folder`, or a name of the package's own."""
+    if recipe.endswith((".yaml", ".yml")):
+        if not Path(recipe).is_file():
+            raise UserError("there is no such recipe", file=recipe, fix="give a file, or a name without .yaml")
+        return Path(recipe).resolve()
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError("there is no such folder of recipes", file=folder, key="--config-dir")
+    known = {path.stem: path.resolve() for place in (CONFIGS, folder) if place for path in Path(place).glob("*.yaml")}
+    if recipe not in known:
+        raise UserError(f"there is no recipe {recipe!r}", fix=nearest(recipe, known))
+    return known[recipe]
+
+
+@contextmanager
+def _reading(file: object) -> Iterator[None]:
+    """Every failure of Hydra, OmegaConf and YAML becomes one UserError."""
+    kinds = (need("hydra.errors", "train").HydraException, need("omegaconf", "train").errors.OmegaConfBaseException)
+    try:
+        yield
+    except (*kinds, need("yaml", "train").YAMLError, UnicodeDecodeError, ValueError, TypeError) as e:
+        raise UserError("the recipe cannot be read", file=file, found=" ".join(str(e).split())[:300]) from None
+
+
+def load_recipe(file: Path, groups: Sequence[str] = ()) -> Any:
+    """The recipe with everything its `defaults` name, as an OmegaConf node; a component it names, it defines wholly.
+
+    groups: overrides that choose files, net=big for net/big.yaml beside the recipe.
+    """
+    hydra, OmegaConf = need("hydra", "train"), need("omegaconf", "train").OmegaConf
+    with _reading(file):
+        raw = OmegaConf.load(file)
+        if not OmegaConf.is_dict(raw):
+            raise ValueError("a recipe is a mapping of keys to values")
+        _refuse_resolvers(OmegaConf.to_container(raw, resolve=False), file)
+        if "hydra" in raw:
+            raise UserError("a recipe cannot set Hydra's own options", file=file, key="hydra", fix="remove it")
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(file.parent)):
+            config = hydra.compose(file.stem, overrides=[f"hydra.searchpath=['file://{CONFIGS}']", *groups])
+        OmegaConf.set_struct(config, False)
+        for key in component_keys():
+            own = OmegaConf.select(raw, key)
+            if isinstance(own, str) or (OmegaConf.is_dict(own) and "name" in own):
+                OmegaConf.update(config, key, own, merge=False)
+    return config
+
+
+def _refuse_resolvers(value: Any, file: object, key: str = "") -> None:
+    """${a.b} refers to another key of the recipe; ${name:...} would run code or read the environment."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for k, v in items:
+        _refuse_resolvers(v, file, f"{key}.{k}".lstrip("."))
+    if isinstance(value, str) and re.search(r"\$\{[^}]*:", value):
+        fix = "write the value, or key=value on the command line"
+        raise UserError("a recipe refers to its own keys only", file=file, key=key, found=value, fix=fix)
+
+
+# -- key=value -----------------------------------------------------------------------------------------------------------
+
+
+def parse_overrides(words: Sequence[str]) -> list[Any]:
+    """Hydra's overrides of key=value words; UserError on one that cannot be read, on Hydra's own keys, on a key twice."""
+    hydra = need("hydra.core.override_parser.overrides_parser", "train")
+    parser, found = hydra.OverridesParser.create(), []
+    for word in words:
+        try:
+            found.append(parser.parse_override(word))
+        except need("hydra.errors", "train").HydraException as e:
+            why = str(e).splitlines()[0]
+            raise UserError(f"cannot read {word!r}", expected="key=value, in Hydra's grammar", found=why) from None
+    keys = [o.key_or_group for o in found]
+    for key in keys:
+        if key.split(".")[0] == "hydra":
+            raise UserError("Hydra's own options are not used here", key=key, fix="remove it")
+        if keys.count(key) > 1:
+            raise UserError("a key is given twice", key=key, found=" ".join(w for w in words if key in w))
+    return found
+
+
+def expand(overrides: Sequence[Any], multirun: bool) -> list[tuple[list[Any], str]]:
+    """Every combination of a sweep with the text that tells it from the others; without a sweep one, and ""."""
+    swept = [o for o in overrides if o.is_sweep_override()]
+    if swept and not multirun:
+        fix = "-m for a sweep, [a,b] for a list, or quotes around a text with a comma"
+        raise UserError("several values for one key", key=swept[0].key_or_group, found=swept[0].input_line, fix=fix)
+    product = itertools.product(*map(_choices, overrides))
+    return [(list(chosen), ",".join(o.input_line for o in chosen if o not in overrides)) for chosen in product]
+
+
+def _choices(override: Any) -> list[Any]:
+    if not override.is_sweep_override():
+        return [override]
+    if not override.is_discrete_sweep():
+        raise UserError("a sweep needs a list of values", key=override.key_or_group, found=override.input_line)
+    return [parse_overrides([f"{override.key_or_group}={value}"])[0] for value in override.sweep_string_iterator()]
+
+
+def compose(file: Path, overrides: Sequence[Any], given: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe with the overrides in it, resolved, to be read by read_config. given: keys set before the overrides."""
+    omegaconf = need("omegaconf", "train")
+    groups = [o for o in overrides if (file.parent / o.key_or_group).is_dir()]
+    overrides = [o for o in overrides if o not in groups]
+    config = load_recipe(file, [o.input_line for o in groups])
+    with _reading(file):
+        for key, value in {**({} if "name" in config else {"name": file.stem}), **(given or {})}.items():
+            omegaconf.OmegaConf.update(config, key, value)
+        _spell_out(config)
+        for key in component_keys():
+            _make_room(config, key, overrides)
+        for override in overrides:
+            _apply(config, override)
+        _spell_out(config)
+        _refuse_resolvers(omegaconf.OmegaConf.to_container(config, resolve=False), file)
+        return omegaconf.OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def _spell_out(config: Any) -> None:
+    """`sampler: euler` is short for `sampler: {name: euler}`."""
+    OmegaConf = need("omegaconf", "train").OmegaConf
+    for key in component_keys():
+        if isinstance(value := OmegaConf.select(config, key), str):
+            OmegaConf.update(config, key, {"name": value}, merge=False)
+    averages = OmegaConf.select(config, "ema")
+    if averages is not None:
+        averages = [averages] if isinstance(averages, str) or OmegaConf.is_dict(averages) else averages
+        OmegaConf.update(config, "ema", [{"name": a} if isinstance(a, str) else a for a in averages], merge=False)
+
+
+def _make_room(config: Any, key: str, overrides: Sequence[Any]) -> None:
+    """Forget the recipe's options of a component that the overrides replace by another one."""
+    OmegaConf = need("omegaconf", "train").OmegaConf
+    for o in overrides:
+        value = None if o.is_delete() else o.value()
+        if isinstance(value, dict):
+            value = value.get("name")
+        named = value if o.key_or_group in (key, f"{key}.name") else None
+        if named is not None and named != OmegaConf.select(config, f"{key}.name"):
+            OmegaConf.update(config, key, {}, merge=False, force_add=True)
+
+
+def _apply(config: Any, override: Any) -> None:
+    OmegaConf = need("omegaconf", "train").OmegaConf
+    key = override.key_or_group
+    if override.is_delete():
+        parent, _, last = key.rpartition(".")
+        home = OmegaConf.select(config, parent) if parent else config
+        if home is None or last not in home:
+            raise UserError("the recipe does not set this key", key=key, fix=f"leave ~{key} out")
+        del home[last]
+        return
+    value = override.value()
+    if key in component_keys() and isinstance(value, str):
+        value = {"name": value}
+    OmegaConf.update(config, key, value, merge=True, force_add=True)

@@ -1,0 +1,249 @@
+"""`nanodiffusion train RECIPE key=value ...`: compose, check, train or resume, then pictures and the report."""
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from nanodiffusion.cli.pictures import draw_run
+from nanodiffusion.cli.recipes import compose, expand, find_recipe, parse_overrides
+from nanodiffusion.config import Config, read_config
+from nanodiffusion.distributed import World, world
+from nanodiffusion.errors import UserError
+from nanodiffusion.generate import cycled
+from nanodiffusion.nets import net_flops, net_size
+from nanodiffusion.report import write_report
+from nanodiffusion.run import Run, Runner, fit_net, load_run, make_data, make_denoiser
+from nanodiffusion.train import Step
+
+Say = Callable[[str], None]
+
+
+def main(args: Namespace) -> int:
+    """Train every run that the words ask for; the exit code of the last that failed, or 0."""
+    words = list(args.words)
+    recipe = args.config_name or (words.pop(0) if words and "=" not in words[0] else None)
+    if recipe is None:
+        raise UserError("which recipe?", expected="nanodiffusion train RECIPE key=value ...", fix="train digits")
+    return run_command(recipe, words, args)
+
+
+def run_command(recipe: str, words: Sequence[str], args: Namespace, given: Mapping[str, Any] | None = None) -> int:
+    """`main` with the recipe apart, and `given` keys that lie between it and the words."""
+    if odd := [w for w in words if "=" not in w and not w.startswith("~")]:
+        raise UserError(f"what is {odd[0]!r}?", expected="key=value", fix="one recipe, then key=value ...")
+    configs = plan(recipe, words, args.config_dir, args.multirun, given)
+    command = f"nanodiffusion {args.command}" + ("" if args.command == "demo" else f" {recipe}")
+    code = 0
+    for config in configs:
+        if args.dry_run:
+            print(describe(config))
+        elif len(configs) == 1:
+            return train(config, command)
+        else:
+            code = _one_of_many(config, command) or code
+            if code > 128:  # a signal means all of them
+                return code
+    return code
+
+
+def plan(
+    recipe: str,
+    words: Sequence[str],
+    folder: str | None = None,
+    multirun: bool = False,
+    given: Mapping[str, Any] | None = None,
+) -> list[Config]:
+    """The checked configs of all runs, before any of them starts."""
+    file, configs = find_recipe(recipe, folder), []
+    for overrides, suffix in expand(parse_overrides(words), multirun):
+        options = compose(file, overrides, given)
+        if suffix:
+            options["name"] = f"{options['name']},{suffix}".replace("/", "-")
+        configs.append(read_config(options))
+    return configs
+
+
+def _one_of_many(config: Config, command: str) -> int:
+    print(f"-- {config.name}")
+    try:
+        return train(config, command)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+# -- one run -------------------------------------------------------------------------------------------------------------
+
+
+def train(config: Config, command: str = "nanodiffusion train RECIPE") -> int:
+    """Train a config in its folder, or go on with it, and leave pictures and a report there. An exit code."""
+    with world(config.device) as w:
+        say: Say = print if w.first else lambda text: None
+        runner = Runner(config, w, say)
+        if ended := finished(runner):
+            say(f"{runner.folder} is finished: {ended}\nto go on: {command} {_more(config)}   (overwrite=true: start afresh)")
+            if (runner.folder / "report.html").exists():
+                return 0
+        else:
+            code = fit(runner, command, say)
+            if code:
+                return code
+        if w.first:
+            finish(runner, command, say)
+        w.barrier()
+    return 0
+
+
+def fit(runner: Runner, command: str, say: Say) -> int:
+    """Train until the run ends; 0, or 128 + the signal that stopped it."""
+    say(opening(runner))
+    with Progress(runner) as progress:
+        reason = runner.run(progress)
+    step, seconds = runner.trainer.step, runner.progress.seconds
+    if reason == "signal":
+        say(f"stopped at step {step}, saved in {runner.folder / 'checkpoint'}; the same command goes on from there")
+        return 128 + runner.signal
+    why = {"time": " (time_limit)", "patience": " (no better validation loss for a while)"}.get(reason, "")
+    say(f"trained {step} steps in {_clock(seconds)}{why}")
+    return 0
+
+
+def finish(runner: Runner, command: str, say: Say) -> None:
+    """Pictures and the report, drawn from the saved run alone; then where everything is."""
+    started = time.perf_counter()
+    run = load_run(runner.folder, device=runner.world.device)
+    draw_run(run, fixed_labels(run), say)
+    write_report(run.folder)
+    say(f"drew and reported in {_clock(time.perf_counter() - started)}")
+    say(closing(run, command))
+
+
+def finished(runner: Runner) -> str:
+    """Why a run that is read back has nothing left to do, or ''."""
+    config, trainer, progress = runner.config, runner.trainer, runner.progress
+    if trainer.step >= config.steps:
+        return f"step {trainer.step} of {config.steps}"
+    if config.time_limit and progress.seconds >= config.time_limit:
+        return f"{progress.seconds:.0f} s of time_limit {config.time_limit:g}, step {trainer.step} of {config.steps}"
+    if config.patience and progress.waited >= config.patience:
+        return f"no better validation loss for {progress.waited} validations, step {trainer.step}"
+    return ""
+
+
+def fixed_labels(run: Run) -> Tensor | None:
+    """The classes in turn, one for each picture of the run's own grid; None where the net knows no classes."""
+    known = getattr(run.denoiser.net, "null_label", None)
+    return None if known is None else cycled(run.config.sample.n, known)
+
+
+# -- words ---------------------------------------------------------------------------------------------------------------
+
+
+def opening(runner: Runner) -> str:
+    """What is about to be trained, in two lines."""
+    config, net = runner.config, runner.trainer.denoiser.net
+    classes = f", {len(runner.data.classes)} classes" if runner.data.classes else ""
+    shape = " x ".join(map(str, runner.data.shape))
+    return (
+        f"{runner.folder}: {config.data['name']} ({len(runner.data):,} samples of {shape}{classes})\n"
+        f"{config.net['name']}, {net_size(net):,} parameters, {net_flops(net) / 1e6:,.1f} MFLOPs a sample, "
+        f"on {runner.world.device}" + (f" x {runner.world.size}" if runner.world.size > 1 else "")
+    )
+
+
+def closing(run: Run, command: str) -> str:
+    """Where everything is, and what to try next."""
+    names = ("samples.png", "trajectory.gif", "checkpoint", "metrics.jsonl", "report.html")
+    there = [f"  {run.folder / name}" for name in names if (run.folder / name).exists()]
+    sample = f"nanodiffusion sample {run.folder}"
+    if getattr(run.denoiser.net, "null_label", None):
+        tries = [f"{sample} class=0 guidance=3 n=16", f"{sample} sampler=ddim steps=5 gif=five-steps.gif"]
+    else:
+        tries = [f"{sample} sampler=ddim steps=5", f"{sample} sampler=euler_ancestral steps=100 gif=long.gif"]
+    return "\n".join([*there, "try next:", *(f"  {t}" for t in [*tries, f"{command} {_more(run.config)}"])])
+
+
+def _more(config: Config) -> str:
+    longer = f"steps={2 * config.steps}" + (f" time_limit={2 * config.time_limit:g}" if config.time_limit else "")
+    named = f"name={config.name!r} " if "," in config.name else ""
+    return named + longer
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}" if minutes else f"{seconds:.1f} s"
+
+
+def describe(config: Config) -> str:
+    """The resolved config as YAML-like lines, the net's size and its cost; the data is read for its shape alone."""
+    lines = [f"{key}: {value}" for key, value in asdict(config).items()]
+    try:
+        data, _ = make_data(config)
+        config = fit_net(config, data.shape, len(data.classes))
+        lines.append(f"data: {len(data):,} samples of {data.shape}, {len(data.classes)} classes")
+    except UserError as e:
+        lines.append(f"data: not here ({e.what})")
+    net = make_denoiser(config).net
+    return "\n".join([*lines, f"net: {net_size(net):,} parameters, {net_flops(net):,} FLOPs a sample"])
+
+
+# -- the progress line ---------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """One line while a run trains: step, smoothed loss, images/s, time left. A bar on a terminal, else a line now and then.
+
+    The loss stays on its device until it is shown, so that watching costs no synchronisation.
+    """
+
+    def __init__(self, runner: Runner, every: float = 10.0) -> None:
+        self.runner, self.terminal = runner, sys.stderr.isatty()
+        self.every = 0.2 if self.terminal else every
+        self.loss: Tensor | None = None
+        self.since = self.shown = time.perf_counter()
+        self.first = runner.trainer.step
+        self.bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        if self.terminal and self.runner.world.first:
+            self.bar = tqdm(total=self.runner.config.steps, initial=self.first, unit="step", dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, step: Step) -> None:
+        """Take in a step."""
+        if not step.skipped:
+            self.loss = step.loss if self.loss is None else self.loss.lerp(step.loss, 0.02)
+        now, config = time.perf_counter(), self.runner.config
+        logged = step.step % config.log_every == 0 and now - self.shown >= 1
+        if self.runner.world.first and (now - self.shown >= self.every or logged or step.step == config.steps):
+            self.shown = now
+            self._show(step.step, now)
+
+    def _show(self, step: int, now: float) -> None:
+        pace = (step - self.first) / max(now - self.since, 1e-9)  # steps a second
+        loss = "" if self.loss is None else f"loss {float(self.loss):.4f}"
+        rate = f"{pace * self.runner.config.batch_size:,.0f} images/s"
+        if self.bar is not None:
+            self.bar.n = step
+            self.bar.set_postfix_str(f"{loss}, {rate}, {_clock(self.left(step, pace))} left")
+        else:
+            total = self.runner.config.steps
+            print(f"step {step}/{total}  {loss}  {rate}  {_clock(self.left(step, pace))} left", flush=True)
+
+    def left(self, step: int, pace: float) -> float:
+        """Seconds until the run ends, by its steps or its time."""
+        config = self.runner.config
+        by_steps = (config.steps - step) / max(pace, 1e-9)
+        return min(by_steps, max(0.0, config.time_limit - self.runner.progress.seconds)) if config.time_limit else by_steps

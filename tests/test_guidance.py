@@ -1,0 +1,190 @@
+"""Guidance in D-space: the papers' formulas, diffusers' rescaling, analytic gradients of a loss."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from torch import nn
+from torch.testing import assert_close
+
+from nanodiffusion import guidance, noise
+from nanodiffusion.denoiser import PREDICTIONS, Denoiser
+from nanodiffusion.sampler import euler, heun, sample
+
+F64 = torch.float64
+close = partial(assert_close, rtol=1e-12, atol=1e-12)
+
+
+def normal(seed, *shape):
+    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+X, SIGMA = normal(0, 4, 3, 5), torch.full((4,), 2.0, dtype=F64)
+COND, UNCOND = {"text": normal(1, 4, 5)}, {"text": normal(2, 4, 5)}
+
+
+class Net(nn.Module):
+    """Nonlinear in x and in its conditioning; remembers the batch sizes it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+        self.scale = nn.Parameter(torch.tensor(1.3, dtype=F64))
+
+    def forward(self, x, t, text):
+        self.batches.append(len(x))
+        return torch.sin(self.scale * x + text[:, None]) * (1 + t[:, None, None])
+
+
+@pytest.fixture
+def denoiser():
+    return Denoiser(Net(), "v")
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 7.5])
+def test_cfg_is_its_formula_in_one_batch(denoiser, scale):
+    d_c, d_u = denoiser(X, SIGMA, COND), denoiser(X, SIGMA, UNCOND)
+    denoiser.net.batches.clear()
+    close(guidance.cfg(denoiser, COND, UNCOND, scale)(X, SIGMA), d_u + scale * (d_c - d_u))
+    assert denoiser.net.batches == [8]
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_cfg_on_d_is_the_usual_cfg_on_the_networks_output(name):
+    denoiser, scale = Denoiser(Net(), name), 5.0
+    f_c, f_u = (denoiser.raw(X, SIGMA, cond) for cond in (COND, UNCOND))
+    c_skip, c_out, _ = denoiser.prediction.coefficients(torch.tensor(2.0, dtype=F64))
+    got = guidance.cfg(denoiser, COND, UNCOND, scale)(X, SIGMA)
+    close(got, c_skip * X + c_out * (f_u + scale * (f_c - f_u)))
+
+
+def test_scale_one_is_no_guidance_and_asks_once(denoiser):
+    want = denoiser(X, SIGMA, COND)
+    denoiser.net.batches.clear()
+    assert torch.equal(guidance.cfg(denoiser, COND, UNCOND, 1.0)(X, SIGMA), want)
+    assert denoiser.net.batches == [4]
+
+
+@pytest.mark.parametrize(
+    ("sigma", "guided"), [(0.1, False), (0.5, True), (1.0, True), (3.0, True), (3.1, False), (80.0, False)]
+)
+def test_outside_its_interval_cfg_is_the_conditional_d(denoiser, sigma, guided):
+    level = torch.full((4,), sigma, dtype=F64)
+    d_c, d_u = denoiser(X, level, COND), denoiser(X, level, UNCOND)
+    got = guidance.cfg(denoiser, COND, UNCOND, 4.0, lo=0.5, hi=3.0)(X, level)
+    close(got, d_u + 4 * (d_c - d_u) if guided else d_c)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.3, 0.7, 1.0])
+def test_rescale_is_diffusers_formula_on_d(denoiser, rescale):
+    d_c, d_u = denoiser(X, SIGMA, COND), denoiser(X, SIGMA, UNCOND)
+    want = rescale_noise_cfg(d_u + 7.5 * (d_c - d_u), d_c, rescale)
+    close(guidance.cfg(denoiser, COND, UNCOND, 7.5, rescale=rescale)(X, SIGMA), want)
+
+
+def test_full_rescale_has_the_conditional_standard_deviation(denoiser):
+    d = guidance.cfg(denoiser, COND, UNCOND, 7.5, rescale=1.0)(X, SIGMA)
+    close(d.std((1, 2)), denoiser(X, SIGMA, COND).std((1, 2)))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_autoguidance_moves_away_from_the_weak_model(denoiser, scale):
+    main, weak = guidance.bind(denoiser, COND), guidance.bind(Denoiser(Net(), "eps"), COND)
+    want = weak(X, SIGMA) + scale * (main(X, SIGMA) - weak(X, SIGMA))
+    close(guidance.autoguide(main, weak, scale)(X, SIGMA), want)
+
+
+def test_bind_fixes_the_conditioning(denoiser):
+    close(guidance.bind(denoiser, COND)(X, SIGMA), denoiser(X, SIGMA, COND))
+
+
+def test_null_labels_replace_the_labels_only():
+    cond = {"label": torch.tensor([3, 1, 2]), "text": normal(0, 3, 2)}
+    null = guidance.null_labels(cond, 10)
+    assert torch.equal(null["label"], torch.tensor([10, 10, 10])) and null["text"] is cond["text"]
+    assert torch.equal(cond["label"], torch.tensor([3, 1, 2]))
+
+
+def test_zeros_replace_every_tensor_of_a_nested_conditioning():
+    cond = {"text": normal(0, 3, 2), "hints": (normal(1, 3), [normal(2, 3, 4).float()])}
+    zeros = guidance.zeros_like_cond(cond)
+    assert torch.equal(zeros["text"], torch.zeros(3, 2, dtype=F64))
+    assert torch.equal(zeros["hints"][0], torch.zeros(3, dtype=F64))
+    assert torch.equal(zeros["hints"][1][0], torch.zeros(3, 4))
+
+
+def test_cfg_batches_nested_conditioning():
+    D = lambda x, s, cond: x * cond["hints"][0][:, None, None] + cond["label"][:, None, None]  # noqa: E731
+    cond = {"label": torch.arange(4), "hints": (normal(0, 4),)}
+    uncond = guidance.null_labels(cond, 9)
+    want = D(X, SIGMA, uncond) + 3 * (D(X, SIGMA, cond) - D(X, SIGMA, uncond))
+    close(guidance.cfg(D, cond, uncond, 3.0)(X, SIGMA), want)
+
+
+# -- loss guidance: x0 - scale sigma^2 dloss/dx
+
+TARGET, STD = normal(5, 4, 3, 5), 0.5
+
+
+def gaussian(x, sigma):
+    return STD**2 / (STD**2 + sigma.to(x)[:, None, None] ** 2) * x
+
+
+def quadratic(x0):
+    return ((x0 - TARGET.to(x0)) ** 2).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("through_net", [False, True])
+def test_loss_guidance_is_the_analytic_gradient_of_a_quadratic_loss(through_net):
+    sigma = torch.tensor([0.1, 0.5, 2.0, 10.0], dtype=F64)
+    s2 = sigma[:, None, None] ** 2
+    x0, slope = gaussian(X, sigma), STD**2 / (STD**2 + s2)
+    gradient = 2 * (x0 - TARGET) * (slope if through_net else 1)
+    guided = guidance.loss_guidance(gaussian, quadratic, scale=0.05, through_net=through_net)
+    close(guided(X, sigma), x0 - 0.05 * s2 * gradient)
+
+
+@pytest.mark.parametrize("through_net", [False, True])
+def test_loss_guidance_leaves_no_graph_and_no_gradients(denoiser, through_net):
+    x = X.clone().requires_grad_()
+    guided = guidance.loss_guidance(guidance.bind(denoiser, COND), quadratic, through_net=through_net)
+    assert not guided(x, SIGMA).requires_grad
+    assert x.grad is None and denoiser.net.scale.grad is None
+
+
+def test_loss_guidance_differentiates_the_network_only_when_asked():
+    seen = []
+    D = lambda x, s: (seen.append(torch.is_grad_enabled()), gaussian(x, s))[1]  # noqa: E731
+    for through_net in (False, True):
+        guidance.loss_guidance(D, quadratic, through_net=through_net)(X, SIGMA)
+    assert seen == [False, True]
+
+
+def test_every_third_call_is_guided():
+    guided = guidance.loss_guidance(gaussian, quadratic, scale=0.1, every=3)
+    plain = gaussian(X, SIGMA)
+    assert [not torch.equal(guided(X, SIGMA), plain) for _ in range(7)] == [True, False, False] * 2 + [True]
+
+
+@pytest.mark.parametrize("through_net", [False, True])
+@pytest.mark.parametrize("step", [euler, heun])
+def test_loss_guidance_works_inside_the_sampler(step, through_net):
+    D = guidance.loss_guidance(gaussian, quadratic, scale=0.02, through_net=through_net)
+    sigmas = noise.karras(noise.log_linear(100, 0.02, 3.0), 20)
+    *_, guided = sample(D, 3 * X, sigmas, step)
+    *_, plain = sample(gaussian, 3 * X, sigmas, step)
+    assert not guided.x.requires_grad
+    assert bool((quadratic(guided.x) < quadratic(plain.x)).all())
+
+
+def test_guidance_samples_the_tilted_gaussian():
+    """With D_c, D_u of N(+-1, 1) equal widths, scale w gives exactly the law N(2w - 1, 1)."""
+    D = lambda x, s, cond: (x + s.to(x)[:, None] ** 2 * cond["mean"][:, None]) / (1 + s.to(x)[:, None] ** 2)  # noqa: E731
+    n, w, one = 6, 3.0, torch.ones(6, dtype=F64)
+    x = 10 * normal(3, n, 2)
+    guided = guidance.cfg(D, {"mean": one}, {"mean": -one}, w)
+    *_, state = sample(guided, x, noise.karras(noise.log_linear(100, 0.002, 10.0), 400), heun)
+    mean = 2 * w - 1
+    assert_close(state.x, mean + (x - mean) / math.sqrt(1 + 10**2), rtol=0, atol=2e-3)
