@@ -145,12 +145,34 @@ def make(table: Mapping[str, Any], spec: Component, key: str, **given: Any) -> C
     if row is None:
         check_options(options, {}, key)
         return None
+    known = option_types(row)
+    check_options(options, {k: v for k, v in known.items() if k not in CALL_ARGUMENTS}, key)
+    bound = {k: v for k, v in given.items() if k in known} | options
+    for k in _required(row) - bound.keys() - CALL_ARGUMENTS:
+        raise UserError(f"{spec['name']} needs {k!r}", key=f"{key}.{k}", fix=f"{key}.{k}=...")
+    return partial(row, **bound)
+
+
+# Parameters that the program fills in when it calls a row; never options of a recipe.
+CALL_ARGUMENTS = frozenset("D x s s_next memory noise schedule steps step sigma c_out params split".split())
+
+
+def _signature(row: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(row.func if isinstance(row, partial) else row).parameters
+
+
+def _required(row: Callable[..., Any]) -> set[str]:
+    return {k for k, p in _signature(row).items() if p.default is p.empty}
+
+
+def option_types(row: Callable[..., Any]) -> dict[str, Any]:
+    """The parameters of a function or class with their annotations."""
     target = row.func if isinstance(row, partial) else row
-    parameters = inspect.signature(target).parameters
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    optional = {k: hints.get(k, Any) for k, p in parameters.items() if p.default is not p.empty or k in ("sigmas",)}
-    check_options(options, optional, key)
-    return partial(row, **{k: v for k, v in given.items() if k in parameters}, **options)
+    try:
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError):  # annotations of a foreign class that do not resolve
+        hints = {}
+    return {k: hints.get(k, Any) for k in _signature(row)}
 
 
 def validate(config: Config) -> None:

@@ -5,7 +5,6 @@ average <- beta(k) average + (1 - beta(k)) weights        after optimizer step k
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nanodiffusion.checkpoint import check_fit, load_tensors, load_weights, save_tensors
-from nanodiffusion.errors import UserError, lookup, nearest
+from nanodiffusion.errors import UserError
 
 Profile = Callable[[int], float]  # optimizer steps done, from 1 -> beta in [0, 1]
 
@@ -24,26 +23,26 @@ SIGMA_REL_MAX = 12**-0.5  # of a uniform average, gamma = 0
 # ---- profiles ------------------------------------------------------------------------------------
 
 
-def constant(decay: float) -> Profile:
+def constant(decay: float = 0.9999) -> Profile:
     """beta = decay: a memory of 1 / (1 - decay) steps that starts full of the initial weights."""
     _require(0 <= decay <= 1, "decay", "between 0 and 1", decay)
     return lambda step: decay
 
 
-def ramped(decay: float) -> Profile:
+def ramped(decay: float = 0.9999) -> Profile:
     """beta = min(decay, (1 + k) / (10 + k)): the initial weights are forgotten within tens of steps."""
     _require(0 <= decay <= 1, "decay", "between 0 and 1", decay)
     return lambda step: min(decay, (1 + step) / (10 + step))
 
 
-def warmup(decay: float, gamma: float, power: float) -> Profile:
+def warmup(decay: float = 0.9999, gamma: float = 1.0, power: float = 2 / 3) -> Profile:
     """beta = min(decay, 1 - (1 + k / gamma)^-power): with gamma 1, power 2/3 reaches 0.999 after 31,600 steps."""
     _require(0 <= decay <= 1, "decay", "between 0 and 1", decay)
     _require(gamma > 0 and power > 0, "gamma, power", "positive", (gamma, power))
     return lambda step: min(decay, 1 - (1 + step / gamma) ** -power)
 
 
-def half_life(batch: int, images: float, ramp: float | None) -> Profile:
+def half_life(batch: int, images: float = 500_000, ramp: float | None = 0.05) -> Profile:
     """beta = 2^(-batch / h): a weight's share halves every h = min(images, ramp * images before this step) images.
 
     Step 1 takes the weights as they are; `ramp` None is h = images throughout. The rule of Karras et al. 2022 (EDM).
@@ -57,7 +56,7 @@ def half_life(batch: int, images: float, ramp: float | None) -> Profile:
     return beta
 
 
-def power(sigma_rel: float) -> Profile:
+def power(sigma_rel: float = 0.05) -> Profile:
     """beta = (1 - 1/k)^(gamma + 1): weights of step s count as s^gamma, so the memory grows with the run.
 
     `sigma_rel` is the width of that profile relative to the run. Karras et al. 2024 (EDM2), section 3.1.
@@ -86,55 +85,13 @@ def _require(fine: bool, key: str, expected: str, found: object) -> None:
         raise UserError("this cannot be averaged with", key=key, expected=expected, found=found)
 
 
-@dataclass(frozen=True)
-class Constant:
-    decay: float = 0.9999
-
-
-@dataclass(frozen=True)
-class Ramped:
-    decay: float = 0.9999
-
-
-@dataclass(frozen=True)
-class Warmup:
-    decay: float = 0.9999
-    gamma: float = 1.0
-    power: float = 2 / 3
-
-
-@dataclass(frozen=True)
-class HalfLife:
-    batch: int
-    images: float = 500_000
-    ramp: float | None = 0.05
-
-
-@dataclass(frozen=True)
-class Power:
-    sigma_rel: float = 0.05
-
-
-PROFILES: dict[str, tuple[type, Callable[..., Profile]]] = {
-    "constant": (Constant, constant),
-    "ramped": (Ramped, ramped),
-    "warmup": (Warmup, warmup),
-    "half_life": (HalfLife, half_life),
-    "power": (Power, power),
+PROFILES: dict[str, Callable[..., Profile]] = {
+    "constant": constant,
+    "ramped": ramped,
+    "warmup": warmup,
+    "half_life": half_life,
+    "power": power,
 }
-
-
-def build_profile(name: str, **options: Any) -> Profile:
-    """The profile of this name in PROFILES. UserError: unknown name or option, or a value out of range."""
-    config, factory = lookup(PROFILES, name, "ema")
-    names = [field.name for field in fields(config)]
-    for key in options:
-        if key not in names:
-            raise UserError(f"unknown option of the {name} average", key=key, fix=nearest(key, names))
-    try:
-        return factory(**asdict(config(**options)))
-    except TypeError as e:
-        raise UserError(f"cannot build the {name} average", key="ema", found=str(e)) from e
 
 
 # ---- the average ---------------------------------------------------------------------------------

@@ -283,11 +283,11 @@ class Runner:
                 "processes": self.world.size,
                 "threads": torch.get_num_threads(),
                 "parameters": net_size(net),
-                "flops_per_sample": net_flops(net),
+                "flops": net_flops(net),
             },
             "data.json": {
                 "name": self.config.data["name"],
-                "samples": len(self.data),
+                "n": len(self.data),
                 "shape": list(self.data.shape),
                 "classes": class_counts(self.data),
             },
@@ -439,12 +439,12 @@ class Runner:
             self.save(best=True)
         return "patience" if self.config.patience and p.waited >= self.config.patience else ""
 
-    def pictures(self, n: int, weights: int | None = 0) -> Tensor:
-        """n samples (n *shape) at fixed seeds 0..n-1, classes in turn; from the average `weights`, None = the raw weights."""
+    def pictures(self, n: int, weights: int | None = 0, first: int = 0) -> Tensor:
+        """n samples (n *shape) at seeds first, first + 1, ..., classes in turn; of the average `weights`, None = raw."""
         net = self.trainer.denoiser.net
         labels = cycled(n, len(self.data.classes)) if self.trainer.null_label is not None else None
         states = lambda: generate(  # noqa: E731
-            self.trainer.denoiser, self.data.shape, self.schedule, self.config.sample, range(n), labels
+            self.trainer.denoiser, self.data.shape, self.schedule, self.config.sample, range(first, first + n), labels
         )
         if weights is None or not self.trainer.emas:
             *_, last = states()

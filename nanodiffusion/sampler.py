@@ -225,7 +225,7 @@ def unipc(
     memory: (x before the last prediction, history of (D, s) newest first). One evaluation a step; first order to 0.
     """
     x0 = denoise(D, x, s)
-    x_previous, history = memory if memory is not None else (None, [])
+    x_previous, history = (x, []) if memory is None else memory
     if history:  # UniC: the same step again, with the new estimate among the nodes
         x = _unipc_move(x_previous, history, s, order, corrected=x0)
     history = [(x0, s), *history][:order]

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from nanodiffusion.config import TrainConfig, from_dict, make
+from nanodiffusion.config import Component, TrainConfig, from_dict, make
 from nanodiffusion.data import order
 from nanodiffusion.denoiser import WEIGHTS, Cond, Denoiser
 from nanodiffusion.distributed import World
-from nanodiffusion.ema import EMA, build_profile
+from nanodiffusion.ema import EMA, PROFILES, Profile
 from nanodiffusion.errors import UserError
 from nanodiffusion.noise import Density
 
@@ -183,12 +183,17 @@ class Trainer:
         self.optimizer = make_optimizer(self.parameters, config)
         self.scheduler = make_scheduler(self.optimizer, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=denoiser.precision == torch.float16)
-        self.emas = [EMA(denoiser.net, build_profile(**spec)) for spec in config.ema]
+        self.emas = [EMA(denoiser.net, self._profile(spec)) for spec in config.ema]
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in denoiser.modules())
         self.generator = torch.Generator(device)
         self.step, self.bad_steps = 0, 0
         self.plain_objective = Objective(denoiser, config.loss, make(WEIGHTS, config.weight, "weight"))
         self.objective = self._wrap(self.plain_objective)
+
+    def _profile(self, spec: Component) -> Profile:
+        build = make(PROFILES, spec, "ema", batch=self.config.batch_size)
+        assert build is not None
+        return build()
 
     def _wrap(self, objective: nn.Module) -> nn.Module:
         if self.config.compile:

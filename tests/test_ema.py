@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from nanodiffusion.config import make
 from nanodiffusion.ema import (
     EMA,
     PROFILES,
-    build_profile,
     gamma_to_sigma_rel,
     load_snapshots,
     power,
@@ -84,7 +84,7 @@ BETAS = {
 def test_average_is_the_explicit_weighted_sum(name):
     options, beta = BETAS[name]
     path = walk(400, 7) + 3
-    (ema,) = track(path, build_profile(name, **options))
+    (ema,) = track(path, PROFILES[name](**options))
     assert_close(ema.tensors["weight"].double(), torch.from_numpy(explicit_average(path, beta)), rtol=1e-5, atol=1e-6)
 
 
@@ -123,7 +123,7 @@ def test_power_average_of_a_monomial_is_analytic(sigma_rel):
 
 def test_update_averages_low_precision_weights_in_fp32_and_copies_buffers():
     net = Point(4, torch.bfloat16)
-    ema = EMA(net, build_profile("constant", decay=0.999))
+    ema = EMA(net, PROFILES["constant"](decay=0.999))
     for step in range(1, 101):
         net.move(np.ones(4))
         ema.update(step)
@@ -134,7 +134,7 @@ def test_update_averages_low_precision_weights_in_fp32_and_copies_buffers():
 
 def test_update_follows_a_module_that_moves_its_storage():
     net = Point(2)
-    ema = EMA(net, build_profile("constant", decay=0.0))
+    ema = EMA(net, PROFILES["constant"](decay=0.0))
     net.double().float().move(np.ones(2))
     ema.update(1)
     assert_close(ema.tensors, net.state_dict())
@@ -149,7 +149,7 @@ def interrupted(ema: EMA, net: Point) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swap_puts_the_average_in_and_restores_exactly(dtype):
     net = Point(5, dtype)
-    ema = EMA(net, build_profile("constant", decay=0.5))
+    ema = EMA(net, PROFILES["constant"](decay=0.5))
     net.move(np.linspace(0, 1, 5))
     ema.update(1)
     own = {name: t.clone() for name, t in net.state_dict().items()}
@@ -166,10 +166,10 @@ def test_swap_puts_the_average_in_and_restores_exactly(dtype):
 
 def test_average_resumes_exactly_and_refuses_foreign_weights():
     path = walk(60, 6)
-    (whole,) = track(path, build_profile("warmup"))
-    (half,) = track(path[:31], build_profile("warmup"))
+    (whole,) = track(path, PROFILES["warmup"]())
+    (half,) = track(path[:31], PROFILES["warmup"]())
     net = Point(6)
-    resumed = EMA(net, build_profile("warmup"))
+    resumed = EMA(net, PROFILES["warmup"]())
     resumed.load(half.tensors)
     net.count.fill_(30)
     for step in range(31, 61):
@@ -183,10 +183,10 @@ def test_average_resumes_exactly_and_refuses_foreign_weights():
 
 
 def test_net_without_parameters_and_tied_parameters_are_averaged():
-    EMA(nn.Identity(), build_profile("constant")).update(1)
+    EMA(nn.Identity(), PROFILES["constant"]()).update(1)
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     net[1].weight = net[0].weight
-    ema = EMA(net, build_profile("constant", decay=0.0))
+    ema = EMA(net, PROFILES["constant"](decay=0.0))
     with torch.no_grad():
         net[0].weight.fill_(2)
     ema.update(1)
@@ -206,7 +206,7 @@ def test_net_without_parameters_and_tied_parameters_are_averaged():
 )
 def test_wrong_profile_is_a_user_error(name, options, says):
     with pytest.raises(UserError, match=says):
-        build_profile(name, **options)
+        make(PROFILES, {"name": name, **options}, "ema")()  # type: ignore[misc]
 
 
 # ---- reconstruction ------------------------------------------------------------------------------

@@ -188,11 +188,11 @@ def describe(config: Config) -> str:
     try:
         data, _ = make_data(config)
         config = fit_net(config, data.shape, len(data.classes))
-        lines.append(f"data: {len(data):,} samples of {data.shape}, {len(data.classes)} classes")
+        lines.append(f"samples: {len(data):,} of {data.shape}, {len(data.classes)} classes")
     except UserError as e:
-        lines.append(f"data: not here ({e.what})")
+        lines.append(f"samples: the data is not here ({e.what})")
     net = make_denoiser(config).net
-    return "\n".join([*lines, f"net: {net_size(net):,} parameters, {net_flops(net):,} FLOPs a sample"])
+    return "\n".join([*lines, f"parameters: {net_size(net):,}", f"FLOPs: {net_flops(net):,} a forward pass of one sample"])
 
 
 # -- the progress line ---------------------------------------------------------------------------------------------------

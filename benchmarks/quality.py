@@ -1,0 +1,123 @@
+"""Fashion-MNIST for a limited time on the CPU: our U-Net recipe against smalldiffusion's own U-Net example.
+
+    python -m benchmarks.quality                     both sides for 15 minutes each, side by side, one core each
+    python -m benchmarks.quality ours --minutes 5    one side (ours, ours-unconditional, peer, peer-1024)
+
+The distance is Fréchet's on the features of benchmarks/frechet.py, 5,000 samples against the 10,000 test images.
+The peer's example trains with batches of 1,024, some 40 updates in this time: `peer-1024` is that; `peer` gives it
+batches of 64 and reports the better of its averaged and its raw weights.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+SIDES = ("ours", "ours-unconditional", "peer", "peer-1024")
+
+
+def train_ours(minutes: float, unconditional: bool, overrides: list[str]) -> tuple[dict[str, Tensor], int]:
+    """The recipe as it is, stopped by its time limit; samples of its average."""
+    from nanodiffusion.cli.recipes import load_recipe
+    from nanodiffusion.distributed import world
+    from nanodiffusion.fast import tune_cpu
+    from nanodiffusion.run import Runner
+
+    tune_cpu()
+    limits = [f"time_limit={minutes * 60}", "overwrite=true", "out=runs/quality", "validate_every=0", "sample_every=0"]
+    config = load_recipe("fashion-mnist", [*limits, *(["net.num_classes=0"] * unconditional), *overrides])
+    with world("cpu") as here:
+        runner = Runner(config, here)
+        runner.run()
+        return {"ema": torch.cat([runner.pictures(250, first=k) for k in range(0, 5000, 250)])}, runner.trainer.step
+
+
+def train_peer(minutes: float, batch: int) -> tuple[dict[str, Tensor], int]:
+    """examples/fashion_mnist_unet.py: Scaled U-Net, lr 7e-4, log-linear .01-20, EMA .999; 20 steps with gam 1.6."""
+    from benchmarks.peers import smalldiffusion
+    from nanodiffusion.data import fashion_mnist
+    from nanodiffusion.ema import EMA, ramped
+
+    sd = smalldiffusion()
+    torch.manual_seed(0)
+    x, _ = fashion_mnist(split="train").batch(torch.arange(60000))
+    flips = sd.MappedDataset(torch.utils.data.TensorDataset(x), lambda row: row[0] if torch.rand(()) < 0.5 else row[0].flip(-1))
+    loader = torch.utils.data.DataLoader(flips, batch_size=batch, shuffle=True)
+    schedule = sd.ScheduleLogLinear(sigma_min=0.01, sigma_max=20, N=800)
+    model = sd.Scaled(sd.Unet)(28, 1, 1, ch=64, ch_mult=(1, 1, 2), attn_resolutions=(14,))
+    average, step, end = EMA(model, ramped(0.999)), 0, time.perf_counter() + minutes * 60
+    for _ in sd.training_loop(loader, model, schedule, epochs=300, lr=7e-4):
+        if step:
+            average.update(step)  # the loop yields before its optimiser step
+        step += 1
+        if time.perf_counter() > end:
+            break
+
+    def pictures() -> Tensor:
+        torch.manual_seed(0)
+        draw = lambda: list(sd.samples(model, schedule.sample_sigmas(20), gam=1.6, batchsize=250))[-1]  # noqa: E731
+        return torch.cat([draw() for _ in range(20)])
+
+    raw = pictures()
+    with average.swap(model):
+        return {"raw": raw, "ema": pictures()}, step
+
+
+def measure(side: str, minutes: float, overrides: list[str]) -> dict:
+    """Train one side, draw 5,000 samples, and give distances, updates and times."""
+    from benchmarks.frechet import accuracy, frechet, load_classifier, statistics
+    from nanodiffusion.data import fashion_mnist
+    from nanodiffusion.show import grid, save_png
+
+    start = time.perf_counter()
+    if side.startswith("ours"):
+        samples, steps = train_ours(minutes, side == "ours-unconditional", overrides)
+    else:
+        samples, steps = train_peer(minutes, 1024 if side == "peer-1024" else 64)
+    net, digest = load_classifier()
+    data = fashion_mnist(split="test")
+    real = statistics(net, data.batch(torch.arange(len(data)))[0])
+    save_png(grid(samples["ema"][:100], 10), RESULTS / f"quality-{side}.png")
+    return {
+        "side": side,
+        "distance": {name: round(frechet(statistics(net, x), real), 3) for name, x in samples.items()},
+        "minutes": minutes,
+        "updates": steps,
+        "seconds_in_all": round(time.perf_counter() - start),
+        "samples": 5000,
+        "classifier_accuracy": round(accuracy(net), 4),
+        "classifier_sha256": digest,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "command": "python -m benchmarks.quality " + " ".join(sys.argv[1:]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", nargs="?", choices=SIDES)
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("overrides", nargs="*", help="of our recipe, key=value")
+    args = parser.parse_args()
+    if args.side:
+        result = measure(args.side, args.minutes, args.overrides)
+        (RESULTS / f"quality-{args.side}.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result, indent=1))
+        return
+    command = [sys.executable, "-m", "benchmarks.quality"]
+    one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen([*command, s, "--minutes", str(args.minutes)], env=one_core) for s in ("ours", "peer")]
+    sys.exit(max(p.wait() for p in both))
+
+
+if __name__ == "__main__":
+    main()

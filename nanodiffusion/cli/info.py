@@ -1,0 +1,142 @@
+"""`nanodiffusion info X`: what is in a run, a checkpoint, a safetensors file, a picture of ours or a recipe."""
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from safetensors import safe_open
+
+from nanodiffusion.checkpoint import Checkpoint, checkpoints, load_meta, verify
+from nanodiffusion.cli import one_target
+from nanodiffusion.cli.recipes import CONFIGS
+from nanodiffusion.config import Config, read_config
+from nanodiffusion.errors import UserError, nearest
+from nanodiffusion.nets import net_flops, net_size
+from nanodiffusion.run import find_checkpoint, make_denoiser
+
+Facts = dict[str, Any]
+
+
+def main(args: Namespace) -> int:
+    """Print the facts, one a line; 2 when a checkpoint of the run is damaged."""
+    target = one_target(args.words, "RUN, FILE or RECIPE")
+    facts = look(target)
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        print(f"{key:<{width}}  {value}")
+    return 2 if any(str(v).startswith("DAMAGED") for v in facts.values()) else 0
+
+
+def look(target: str) -> Facts:
+    """The facts about whatever a path or a recipe's name is."""
+    path = Path(target)
+    readers: dict[str, Callable[[Path], Facts]] = {".png": of_picture, ".safetensors": of_tensors, ".yaml": of_recipe}
+    if path.is_dir():
+        return of_run(path)
+    if path.suffix in readers:
+        return readers[path.suffix](path)
+    if path.exists():
+        expected = "a run's folder, " + ", ".join(readers)
+        raise UserError("nothing is known of this kind of file", file=path, expected=expected)
+    recipes = [p.stem for p in CONFIGS.glob("*.yaml")]
+    if target not in recipes:
+        raise UserError(f"there is no file, run or recipe {target!r}", fix="recipes: " + nearest(target, recipes))
+    return of_recipe(path)
+
+
+def of_run(path: Path) -> Facts:
+    """A run's folder or one checkpoint's: its newest sound checkpoint, and whether each one is what its manifest says."""
+    checkpoint = find_checkpoint(path)
+    root = path / "checkpoint"
+    every = [path] if checkpoint.folder == path else [*checkpoints(root), *[f for f in [root / "best"] if f.is_dir()]]
+    facts = {"run" if root.is_dir() else "checkpoint": path, "step": checkpoint.step, **of_checkpoint(checkpoint)}
+    for folder in every:
+        problems = verify(folder)
+        facts[folder.name] = f"DAMAGED: {'; '.join(problems)}" if problems else f"sound, {_size(folder)}"
+    return facts
+
+
+def of_checkpoint(checkpoint: Checkpoint) -> Facts:
+    """What the header of the weights says about their model."""
+    meta = checkpoint.meta.get("model", {})
+    averages = [name for name in checkpoint.files if name not in ("model", "optimizer")]
+    return {"weights": ", ".join(["model", *averages])} | (of_model(meta) if "config" in meta else {})
+
+
+def of_model(meta: Facts) -> Facts:
+    """A model by the configuration, shape and classes in its header."""
+    config = read_config(meta["config"])
+    classes = meta.get("classes", [])
+    return {
+        **of_config(config),
+        "sample": " x ".join(map(str, meta.get("shape", []))),
+        "classes": f"{len(classes)}: {', '.join(classes[:20])}" if classes else "none",
+    }
+
+
+def of_config(config: Config) -> Facts:
+    """The parts of a configuration, and the size and cost of its net."""
+    net = make_denoiser(config).net
+    return {
+        "net": _component(config.net),
+        "parameters": f"{net_size(net):,}",
+        "FLOPs": f"{net_flops(net):,} a forward pass of one sample",
+        "prediction": f"{config.prediction}, clock {config.clock}, {config.precision}",
+        "schedule": _component(config.schedule),
+        "density": _component(config.density),
+        "data": _component(config.data),
+        "sampler": f"{_component(config.sample.sampler)}, {config.sample.steps} steps of {_component(config.sample.ladder)}",
+    }
+
+
+def of_tensors(path: Path) -> Facts:
+    """A safetensors file: its tensors, and the model it says it is of."""
+    meta = load_meta(path)
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        kinds = {file.get_slice(name).get_dtype() for name in shapes}
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    facts: Facts = {"file": path, "size": _size(path), "tensors": len(shapes)}
+    facts |= {"numbers": f"{sum(sizes):,}", "types": ", ".join(sorted(kinds))}
+    if "config" in meta:
+        return facts | of_model(meta)
+    return facts | {k: json.dumps(v)[:200] for k, v in meta.items()} | {n: s for n, s in list(shapes.items())[:20]}
+
+
+def of_picture(path: Path) -> Facts:
+    """A PNG that `sample` wrote: the settings that made it."""
+    try:
+        with Image.open(path) as image:
+            size, text = image.size, image.info.get("nanodiffusion")
+    except (OSError, SyntaxError, ValueError) as e:
+        raise UserError("the picture cannot be read", file=path, found=str(e)) from None
+    if text is None:
+        raise UserError("this picture carries no settings of ours", file=path, expected="a PNG from nanodiffusion sample")
+    return {"picture": path, "pixels": f"{size[0]} x {size[1]}", **json.loads(text)}
+
+
+def of_recipe(path: Path) -> Facts:
+    """A recipe: the same lines as `train --dry-run`."""
+    from nanodiffusion.cli.train import describe, plan
+
+    (config,) = plan(str(path), [])
+    return dict(line.partition(": ")[::2] for line in describe(config).splitlines())
+
+
+def _component(spec: Facts) -> str:
+    options = ", ".join(f"{k} {v}" for k, v in spec.items() if k != "name")
+    return f"{spec['name']} ({options})" if options else str(spec["name"])
+
+
+def _size(path: Path) -> str:
+    files = path.rglob("*") if path.is_dir() else [path]
+    size = float(sum(f.stat().st_size for f in files if f.is_file()))
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
