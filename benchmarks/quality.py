@@ -26,14 +26,14 @@ SIDES = ("ours", "ours-unconditional", "peer", "peer-1024")
 
 def train_ours(minutes: float, unconditional: bool, overrides: list[str]) -> tuple[dict[str, Tensor], int]:
     """The recipe as it is, stopped by its time limit; samples of its average."""
-    from nanodiffusion.cli.recipes import load_recipe
+    from nanodiffusion.cli.train import plan
     from nanodiffusion.distributed import world
     from nanodiffusion.fast import tune_cpu
     from nanodiffusion.run import Runner
 
     tune_cpu()
     limits = [f"time_limit={minutes * 60}", "overwrite=true", "out=runs/quality", "validate_every=0", "sample_every=0"]
-    config = load_recipe("fashion-mnist", [*limits, *(["net.num_classes=0"] * unconditional), *overrides])
+    config = plan("fashion-mnist", [*limits, *(["net.num_classes=0"] * unconditional), *overrides])[0].config
     with world("cpu") as here:
         runner = Runner(config, here)
         runner.run()
@@ -42,7 +42,7 @@ def train_ours(minutes: float, unconditional: bool, overrides: list[str]) -> tup
 
 def train_peer(minutes: float, batch: int) -> tuple[dict[str, Tensor], int]:
     """examples/fashion_mnist_unet.py: Scaled U-Net, lr 7e-4, log-linear .01-20, EMA .999; 20 steps with gam 1.6."""
-    from benchmarks.peers import smalldiffusion
+    from tests.reference import smalldiffusion
     from nanodiffusion.data import fashion_mnist
     from nanodiffusion.ema import EMA, ramped
 

@@ -5,6 +5,7 @@ A component is a mapping {"name": row of a table, **options}; names come from ex
 
 import dataclasses
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -116,7 +117,8 @@ def check_options(options: Mapping[str, Any], types_of: Mapping[str, Any], key: 
     """Every option must be known and of its annotated type; else a UserError with the nearest valid names."""
     for k, v in options.items():
         if k not in types_of:
-            raise UserError(f"unknown key {key}.{k}".replace(" .", " "), fix=nearest(k, types_of))
+            fix = nearest(k, types_of) if types_of else "leave it out: this one has no options"
+            raise UserError(f"unknown key {key}.{k}".replace(" .", " "), fix=fix)
         if not _fits(v, types_of[k]):
             want = getattr(types_of[k], "__name__", types_of[k])
             raise UserError(
@@ -187,14 +189,22 @@ def validate(config: Config) -> None:
         "validate_every",
         "sample_every",
         "checkpoint_every",
+        "snapshot_every",
         "patience",
         "seed",
     ):
-        if getattr(config, key) < 0:
-            raise UserError("must not be negative", key=key, found=getattr(config, key))
+        if not 0 <= getattr(config, key) < 2**63:  # nor NaN, nor infinite
+            raise UserError("must be a number from 0 up", key=key, found=getattr(config, key))
+    if not 0 < config.sigma_data < math.inf:
+        raise UserError("must be positive", key="sigma_data", found=config.sigma_data)
     for key in ("label_dropout", "validation"):
         if not 0 <= getattr(config, key) < 1:
             raise UserError("must be a share in [0, 1)", key=key, found=getattr(config, key))
+    for key in ("data", "net"):
+        if not isinstance(getattr(config, key).get("name"), str):
+            raise UserError("a component needs a name", key=f"{key}.name", fix=f"{key}.name=...")
+    if "split" in config.data:
+        raise UserError("unknown key data.split", key="data.split", fix="validate_every uses the test split")
     lookup(dict.fromkeys(("highest", "high", "medium")), config.matmul, "matmul")
     lookup(dict.fromkeys(("fp32", "bf16", "fp16")), config.precision, "precision")
 

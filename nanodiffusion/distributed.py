@@ -32,13 +32,13 @@ class World:
             x /= self.size
         return x
 
-    def any(self, flag: bool) -> bool:
-        """Whether any process says so (a signal may reach one of them only)."""
+    def max(self, number: int) -> int:
+        """The largest number that any process says (a signal may reach one of them only)."""
         if self.size == 1:
-            return flag
-        x = torch.tensor(float(flag), device=self.device)
+            return number
+        x = torch.tensor(number, device=self.device)
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
-        return bool(x)
+        return int(x)
 
     def barrier(self) -> None:
         """Wait for the others."""

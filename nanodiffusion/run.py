@@ -5,6 +5,7 @@ out/name/  config.json environment.json data.json metrics.jsonl samples/ samples
 """
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -43,9 +44,10 @@ from nanodiffusion.nets import NETS, build_net, net_flops, net_size
 from nanodiffusion.noise import DENSITIES, SCHEDULES, Density, Schedule
 from nanodiffusion.show import grid, point_cloud, save_png
 from nanodiffusion.tracking import Metrics, open_trackers
-from nanodiffusion.train import Step, Trainer
+from nanodiffusion.train import Draw, Step, Trainer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REASONS = ("", "patience", "time", "signal")  # why a run ends early; of several, or of several processes, the last counts
 VALIDATION_SEED, VALIDATION_SAMPLES, VALIDATION_LEVELS = 7, 512, 8
 
 # -- from a config to objects --------------------------------------------------------------------------------------------
@@ -294,7 +296,7 @@ class Runner:
         }
         known = self.folder / "config.json"
         if known.exists() and (self.folder / "checkpoint").exists():
-            self._check_same(json.loads(known.read_text()))
+            self._check_same(read_json(known))
         for name, content in facts.items():
             temporary = self.folder / f".{name}.tmp"
             temporary.write_text(json.dumps(content, indent=1))
@@ -396,10 +398,7 @@ class Runner:
             reason = "time"
         if stop := signals & {signal.SIGTERM, signal.SIGINT}:
             reason, self.signal = "signal", int(max(stop))
-        if self.world.size > 1:
-            stop = self.world.any(bool(reason))
-            reason = reason or ("signal" if stop else "")
-        return reason
+        return REASONS[self.world.max(REASONS.index(reason))]
 
     def _gather(self, step: Step) -> None:
         p = self.progress
@@ -412,7 +411,7 @@ class Runner:
         seconds, steps = now - self.pace[0], self.trainer.step - self.pace[1]
         row = {
             "step": self.trainer.step,
-            "loss": float(p.loss_sum) / max(1, p.loss_count),
+            "loss": float(p.loss_sum) / p.loss_count if p.loss_count else math.nan,
             "lr": step.lr,
             "grad_norm": float(step.grad_norm),
             "skipped": p.skipped,
@@ -470,11 +469,18 @@ class Runner:
     def _dump_bad_batch(self) -> None:
         if self.trainer.bad_steps and self.world.first:
             self.trainer.step -= 1
-            draw = self.trainer.draw()[0]
-            x0, _ = self.data.batch(draw.index.cpu(), draw.u.cpu())
-            save_tensors(
-                self.folder / "bad-batch.safetensors", {**draw._asdict(), "x0": x0}, {"step": self.trainer.step}
-            )
+            draw = Draw(*(torch.cat(parts).cpu() for parts in zip(*self.trainer.draw())))
+            x0, cond = self.data.batch(draw.index, draw.u)
+            tensors = {**draw._asdict(), "x0": x0, **cond}
+            save_tensors(self.folder / "bad-batch.safetensors", tensors, {"step": self.trainer.step})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file. UserError: it holds something else."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as e:
+        raise UserError("this file of the run is damaged", file=path, found=str(e), fix="name=ANOTHER") from None
 
 
 def class_counts(data: TensorData) -> dict[str, int]:

@@ -4,13 +4,16 @@ A tracker's error is said once and never stops a run.
 """
 
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanodiffusion.errors import lookup, need
+from nanodiffusion.errors import UserError, lookup, need
 
 Row = Mapping[str, Any]
 Log = Callable[[Row], None]
@@ -22,20 +25,45 @@ class Metrics:
     def __init__(self, path: Path, step: int) -> None:
         """Open for a run that stands at `step`: rows beyond it (written after the last checkpoint) are dropped."""
         self.path = path
-        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
-        self.file = path.open("a")
+        with self._errors():
+            rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = [row for row in rows if _belongs(row, step)]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, path)
+            self.file = path.open("a")
 
     def __call__(self, row: Row) -> None:
-        self.file.write(json.dumps(dict(row)) + "\n")
-        self.file.flush()
+        """Append a row; a number that is not finite becomes null, for which JSON has no other word."""
+        text = json.dumps({k: _finite(v) for k, v in row.items()}, allow_nan=False)
+        with self._errors():
+            self.file.write(text + "\n")
+            self.file.flush()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise UserError("cannot write metrics", file=self.path, found=e.strerror or str(e)) from None
 
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def _belongs(row: str, step: int) -> bool:
+    """Whether a line is whole and not beyond `step`; a crash of the machine may leave rubbish."""
+    try:
+        return row.endswith("\n") and json.loads(row)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalars(row: Row) -> dict[str, float]:
@@ -64,6 +92,7 @@ def mlflow(folder: Path, config: dict[str, Any]) -> Log:
     if "MLFLOW_TRACKING_URI" not in os.environ:
         client.set_tracking_uri(f"sqlite:///{folder.resolve() / 'mlflow.db'}")
     client.set_experiment("nanodiffusion")
+    client.end_run()  # that of the sweep's run before, in this process
     client.start_run(run_name=config["name"])
     client.log_params({k: str(v)[:500] for k, v in config.items()})
     return lambda row: client.log_metrics(_scalars(row), step=row["step"])
@@ -71,7 +100,7 @@ def mlflow(folder: Path, config: dict[str, Any]) -> Log:
 
 def wandb(folder: Path, config: dict[str, Any]) -> Log:
     """A Weights & Biases run; WANDB_MODE=offline works without a network."""
-    run = need("wandb", "wandb").init(project="nanodiffusion", name=config["name"], dir=str(folder), config=config)
+    run = need("wandb", "wandb").init(project="nanodiffusion", name=config["name"], dir=str(folder), config=config, reinit=True)
     return lambda row: run.log(_scalars(row), step=row["step"])
 
 
@@ -82,22 +111,32 @@ TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Log]] = {
 }
 
 
-def _forgiving(name: str, log: Log) -> Log:
-    failed = False
+def _forgiving(name: str, open_log: Callable[[], Log]) -> Log:
+    """A tracker that goes quiet, saying so once, when opening it or logging to it fails."""
+    log: Log | None = None
+
+    def off(error: Exception) -> None:
+        print(f"tracker {name} failed and is off from here: {type(error).__name__}: {error}", file=sys.stderr)
 
     def wrapped(row: Row) -> None:
-        nonlocal failed
-        if failed:
-            return
+        nonlocal log
         try:
-            log(row)
+            if log is not None:
+                log(row)
         except Exception as e:  # a tracker is never worth a run
-            failed = True
-            print(f"tracker {name} failed and is off from here: {type(e).__name__}: {e}", file=sys.stderr)
+            log = None
+            off(e)
 
+    try:
+        log = open_log()
+    except UserError:
+        raise
+    except Exception as e:  # no login, no network
+        off(e)
     return wrapped
 
 
 def open_trackers(names: list[str], folder: Path, config: dict[str, Any]) -> list[Log]:
     """The named trackers, each guarded. UserError for an unknown name or a missing package, before training starts."""
-    return [_forgiving(n, lookup(TRACKERS, n, "trackers")(folder, config)) for n in names]
+    rows = [(n, lookup(TRACKERS, n, "trackers")) for n in names]
+    return [_forgiving(n, partial(row, folder, config)) for n, row in rows]

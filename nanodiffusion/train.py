@@ -72,12 +72,16 @@ def mix(*numbers: int) -> int:
 OPTIMIZERS = {
     k: v
     for k, v in vars(torch.optim).items()
-    if inspect.isclass(v) and issubclass(v, torch.optim.Optimizer) and v is not torch.optim.Optimizer
+    if inspect.isclass(v)
+    and issubclass(v, torch.optim.Optimizer)
+    and k not in ("Optimizer", "LBFGS", "SparseAdam")  # the base class; a closure, sparse gradients: not this loop's
 }
+# Made of other schedulers or of functions, which a recipe cannot name; LRScheduler is their base class.
+_NOT_BY_NAME = {"LRScheduler", "ChainedScheduler", "SequentialLR", "LambdaLR", "MultiplicativeLR"}
 TORCH_SCHEDULERS = {
     k: v
     for k, v in vars(torch.optim.lr_scheduler).items()
-    if inspect.isclass(v) and issubclass(v, torch.optim.lr_scheduler.LRScheduler) and not k.startswith("_")
+    if inspect.isclass(v) and issubclass(v, torch.optim.lr_scheduler.LRScheduler) and k[0] != "_" and k not in _NOT_BY_NAME
 }
 
 
@@ -122,7 +126,10 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch
     fused = {"fused": True} if cls and "fused" in inspect.signature(cls).parameters else {}
     build = make(OPTIMIZERS, {**({} if "foreach" in spec else fused), **spec}, "optimizer", lr=config.lr)
     assert build is not None
-    return build(parameters)
+    try:
+        return build(parameters)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f"torch's {spec['name']} refuses its options", key="optimizer", found=str(e)) from None
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> torch.optim.lr_scheduler.LRScheduler:
@@ -132,7 +139,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> tor
         row = TORCH_SCHEDULERS[spec["name"]]
         try:
             return row(optimizer, **{k: v for k, v in spec.items() if k != "name"})
-        except TypeError as e:
+        except (TypeError, ValueError, ZeroDivisionError) as e:
             raise UserError(f"torch's {spec['name']} refuses its options", key="lr_schedule", found=str(e)) from None
     factor = make(LR_SCHEDULES, spec, "lr_schedule", steps=config.steps)
     assert factor is not None
@@ -237,7 +244,8 @@ class Trainer:
         """One optimiser update over the global batch."""
         if self.has_dropout:
             torch.manual_seed(mix(self.config.seed, self.step, 1 + self.world.rank))
-        self.denoiser.train()
+        if not self.denoiser.training:
+            self.denoiser.train()
         self.optimizer.zero_grad(set_to_none=True)
         draws, losses = self.draw(), []
         for k, draw in enumerate(draws):
@@ -247,28 +255,30 @@ class Trainer:
                 self.scaler.scale(loss.mean() / len(draws)).backward()
             losses.append(loss.detach())
         lr = self.optimizer.param_groups[0]["lr"]
-        norm, skipped = self._apply()
         per_sample = torch.cat(losses)
         mean = self.world.mean(per_sample.mean())
+        norm, skipped = self._apply(mean)
         self.step += 1
         self._guard(skipped, mean)
         return Step(self.step, mean, per_sample, torch.cat([d.sigma for d in draws]), norm, lr, skipped)
 
-    def _apply(self) -> tuple[Tensor, bool]:
-        """Clip, update weights, learning rate and averages; a non-finite gradient changes nothing but the loss scale."""
+    def _apply(self, loss: Tensor) -> tuple[Tensor, bool]:
+        """Clip, update weights and averages; a non-finite loss or gradient leaves them and the optimiser as they are."""
         self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
-        skipped = not bool(norm.isfinite())
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        skipped = not bool((norm + loss).isfinite())
         if not skipped:
             if self.config.clip:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
             self.scaler.step(self.optimizer)
             for ema in self.emas:
                 ema.update(self.step + 1)
-        if self.scaler.is_enabled():
-            self.scaler.update(None if not skipped else self.scaler.get_scale() * self.scaler.get_backoff_factor())
-        self.scheduler.step()
+        self.scaler.update()
+        if not isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step()
+        elif not skipped:
+            self.scheduler.step(loss)
         return norm, skipped
 
     def _guard(self, skipped: bool, loss: Tensor) -> None:
@@ -298,10 +308,10 @@ class Trainer:
         self.step, self.bad_steps = small["step"], small["bad_steps"]
 
 
-def train(
+def fit(
     denoiser: Denoiser, data: Data, density: Density, world: World | None = None, **options: Any
 ) -> Iterator[Step]:
-    """Fit a denoiser and yield after every update: `for step in train(D, data, density, steps=1000, lr=1e-3)`.
+    """Fit a denoiser and yield after every update: `for step in fit(D, data, density, steps=1000, lr=1e-3)`.
 
     options: the fields of TrainConfig.
     """

@@ -86,14 +86,16 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.add_argument("words", nargs="*", metavar=command.usage, help=argparse.SUPPRESS)
+        sub.set_defaults(config_name=None, config_dir=None)
         if name in ("train", "demo"):
             _add_train_flags(sub)
+        if name == "train":
+            sub.add_argument("--config-name", metavar="NAME", help="the recipe, Hydra's way")
+            sub.add_argument("--config-dir", metavar="DIR", help="a folder of your own recipes")
     return parser
 
 
 def _add_train_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config-name", metavar="NAME", help="the recipe, Hydra's way")
-    parser.add_argument("--config-dir", metavar="DIR", help="a folder of your own recipes")
     parser.add_argument("-m", "--multirun", action="store_true", help="key=a,b is a sweep: one run for every combination")
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and the net's size, and stop")
 
@@ -135,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             return dispatch(args)
     except KeyboardInterrupt:

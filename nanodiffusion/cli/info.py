@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from nanodiffusion.checkpoint import Checkpoint, checkpoints, load_meta, verify
 from nanodiffusion.cli import one_target
-from nanodiffusion.cli.recipes import CONFIGS
+from nanodiffusion.cli.recipes import CONFIGS, flow
 from nanodiffusion.config import Config, read_config
 from nanodiffusion.errors import UserError, nearest
 from nanodiffusion.nets import net_flops, net_size
@@ -27,7 +27,7 @@ def main(args: Namespace) -> int:
     facts = look(target)
     width = max(map(len, facts))
     for key, value in facts.items():
-        print(f"{key:<{width}}  {value}")
+        print(f"{key:<{width}}  {value if isinstance(value, Path) else flow(value)}")
     return 2 if any(str(v).startswith("DAMAGED") for v in facts.values()) else 0
 
 
@@ -123,12 +123,12 @@ def of_recipe(path: Path) -> Facts:
     """A recipe: the same lines as `train --dry-run`."""
     from nanodiffusion.cli.train import describe, plan
 
-    (config,) = plan(str(path), [])
+    ((config, _),) = plan(str(path), [])
     return dict(line.partition(": ")[::2] for line in describe(config).splitlines())
 
 
 def _component(spec: Facts) -> str:
-    options = ", ".join(f"{k} {v}" for k, v in spec.items() if k != "name")
+    options = ", ".join(f"{k} {flow(v)}" for k, v in spec.items() if k != "name")
     return f"{spec['name']} ({options})" if options else str(spec["name"])
 
 

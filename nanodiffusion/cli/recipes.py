@@ -4,11 +4,13 @@ Hydra composes and parses; it instantiates nothing, and a recipe cannot reach th
 """
 
 import itertools
+import json
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,15 @@ from nanodiffusion.errors import UserError, need, nearest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 Recipe = dict[str, Any]
+
+
+def flow(value: Any) -> str:
+    """A value as YAML's flow style spells it, so that what is printed can be pasted into a recipe."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {flow(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(flow, value)) + "]"
+    return json.dumps(value) if value is None or isinstance(value, bool) or value == "" else str(value)
 
 
 def component_keys(cls: type = Config, prefix: str = "") -> list[str]:
@@ -145,6 +156,7 @@ def compose(file: Path, overrides: Sequence[Any], given: Mapping[str, Any] | Non
         for override in overrides:
             _apply(config, override)
         _spell_out(config)
+        _name_the_rest(config)
         _refuse_resolvers(omegaconf.OmegaConf.to_container(config, resolve=False), file)
         return omegaconf.OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
@@ -159,6 +171,15 @@ def _spell_out(config: Any) -> None:
     if averages is not None:
         averages = [averages] if isinstance(averages, str) or OmegaConf.is_dict(averages) else averages
         OmegaConf.update(config, "ema", [{"name": a} if isinstance(a, str) else a for a in averages], merge=False)
+
+
+def _name_the_rest(config: Any) -> None:
+    """Options alone, `optimizer.weight_decay=0.1`, are options of the default component."""
+    OmegaConf, defaults = need("omegaconf", "train").OmegaConf, asdict(Config())
+    for key in component_keys():
+        if OmegaConf.is_dict(node := OmegaConf.select(config, key)) and "name" not in node:
+            default = reduce(lambda home, part: home[part], key.split("."), defaults)
+            OmegaConf.update(config, f"{key}.name", default["name"], force_add=True)
 
 
 def _make_room(config: Any, key: str, overrides: Sequence[Any]) -> None:

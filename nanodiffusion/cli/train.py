@@ -1,18 +1,19 @@
 """`nanodiffusion train RECIPE key=value ...`: compose, check, train or resume, then pictures and the report."""
 
+import shlex
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
 
 from nanodiffusion.cli.pictures import draw_run
-from nanodiffusion.cli.recipes import compose, expand, find_recipe, parse_overrides
+from nanodiffusion.cli.recipes import compose, expand, find_recipe, flow, parse_overrides
 from nanodiffusion.config import Config, read_config
 from nanodiffusion.distributed import World, world
 from nanodiffusion.errors import UserError
@@ -38,19 +39,29 @@ def run_command(recipe: str, words: Sequence[str], args: Namespace, given: Mappi
     """`main` with the recipe apart, and `given` keys that lie between it and the words."""
     if odd := [w for w in words if "=" not in w and not w.startswith("~")]:
         raise UserError(f"what is {odd[0]!r}?", expected="key=value", fix="one recipe, then key=value ...")
-    configs = plan(recipe, words, args.config_dir, args.multirun, given)
-    command = f"nanodiffusion {args.command}" + ("" if args.command == "demo" else f" {recipe}")
+    plans = plan(recipe, words, args.config_dir, args.multirun, given)
+    command = ["nanodiffusion", args.command, *([] if args.command == "demo" else [recipe])]
+    command += [f"--config-dir={args.config_dir}"] if args.config_dir else []
     code = 0
-    for config in configs:
+    for config, own in plans:
+        if len(plans) > 1:
+            print(f"-- {config.name}")
         if args.dry_run:
             print(describe(config))
-        elif len(configs) == 1:
-            return train(config, command)
+        elif len(plans) == 1:
+            return train(config, [*command, *own])
         else:
-            code = _one_of_many(config, command) or code
+            code = _one_of_many(config, [*command, *own]) or code
             if code > 128:  # a signal means all of them
                 return code
     return code
+
+
+class Plan(NamedTuple):
+    """A run to come, and the words that ask for it alone."""
+
+    config: Config
+    words: list[str]
 
 
 def plan(
@@ -59,19 +70,19 @@ def plan(
     folder: str | None = None,
     multirun: bool = False,
     given: Mapping[str, Any] | None = None,
-) -> list[Config]:
-    """The checked configs of all runs, before any of them starts."""
-    file, configs = find_recipe(recipe, folder), []
+) -> list[Plan]:
+    """All runs, their configs checked before any of them starts."""
+    file, plans = find_recipe(recipe, folder), []
     for overrides, suffix in expand(parse_overrides(words), multirun):
-        options = compose(file, overrides, given)
+        options, own = compose(file, overrides, given), [o.input_line for o in overrides]
         if suffix:
             options["name"] = f"{options['name']},{suffix}".replace("/", "-")
-        configs.append(read_config(options))
-    return configs
+            own = [*(w for w in own if not w.startswith("name=")), f"name='{options['name']}'"]
+        plans.append(Plan(read_config(options), own))
+    return plans
 
 
-def _one_of_many(config: Config, command: str) -> int:
-    print(f"-- {config.name}")
+def _one_of_many(config: Config, command: Sequence[str]) -> int:
     try:
         return train(config, command)
     except UserError as e:
@@ -82,17 +93,17 @@ def _one_of_many(config: Config, command: str) -> int:
 # -- one run -------------------------------------------------------------------------------------------------------------
 
 
-def train(config: Config, command: str = "nanodiffusion train RECIPE") -> int:
+def train(config: Config, command: Sequence[str] = ("nanodiffusion", "train", "RECIPE")) -> int:
     """Train a config in its folder, or go on with it, and leave pictures and a report there. An exit code."""
     with world(config.device) as w:
         say: Say = print if w.first else lambda text: None
         runner = Runner(config, w, say)
         if ended := finished(runner):
-            say(f"{runner.folder} is finished: {ended}\nto go on: {command} {_more(config)}   (overwrite=true: start afresh)")
+            say(f"{runner.folder} is finished: {ended}\nto go on: {_longer(config, command)}\nafresh: add overwrite=true")
             if (runner.folder / "report.html").exists():
                 return 0
         else:
-            code = fit(runner, command, say)
+            code = fit(runner, say)
             if code:
                 return code
         if w.first:
@@ -101,7 +112,7 @@ def train(config: Config, command: str = "nanodiffusion train RECIPE") -> int:
     return 0
 
 
-def fit(runner: Runner, command: str, say: Say) -> int:
+def fit(runner: Runner, say: Say) -> int:
     """Train until the run ends; 0, or 128 + the signal that stopped it."""
     say(opening(runner))
     with Progress(runner) as progress:
@@ -115,7 +126,7 @@ def fit(runner: Runner, command: str, say: Say) -> int:
     return 0
 
 
-def finish(runner: Runner, command: str, say: Say) -> None:
+def finish(runner: Runner, command: Sequence[str], say: Say) -> None:
     """Pictures and the report, drawn from the saved run alone; then where everything is."""
     started = time.perf_counter()
     run = load_run(runner.folder, device=runner.world.device)
@@ -158,22 +169,24 @@ def opening(runner: Runner) -> str:
     )
 
 
-def closing(run: Run, command: str) -> str:
+def closing(run: Run, command: Sequence[str]) -> str:
     """Where everything is, and what to try next."""
     names = ("samples.png", "trajectory.gif", "checkpoint", "metrics.jsonl", "report.html")
     there = [f"  {run.folder / name}" for name in names if (run.folder / name).exists()]
-    sample = f"nanodiffusion sample {run.folder}"
+    sample = f"nanodiffusion sample {shlex.quote(str(run.folder))}"
     if getattr(run.denoiser.net, "null_label", None):
         tries = [f"{sample} class=0 guidance=3 n=16", f"{sample} sampler=ddim steps=5 gif=five-steps.gif"]
     else:
         tries = [f"{sample} sampler=ddim steps=5", f"{sample} sampler=euler_ancestral steps=100 gif=long.gif"]
-    return "\n".join([*there, "try next:", *(f"  {t}" for t in [*tries, f"{command} {_more(run.config)}"])])
+    return "\n".join([*there, "try next:", *(f"  {t}" for t in [*tries, _longer(run.config, command)])])
 
 
-def _more(config: Config) -> str:
-    longer = f"steps={2 * config.steps}" + (f" time_limit={2 * config.time_limit:g}" if config.time_limit else "")
-    named = f"name={config.name!r} " if "," in config.name else ""
-    return named + longer
+def _longer(config: Config, command: Sequence[str]) -> str:
+    """The command that trains the same run twice as long."""
+    more = {"steps=": f"steps={2 * config.steps}"}
+    more |= {"time_limit=": f"time_limit={2 * config.time_limit:g}"} if config.time_limit else {}
+    left_out = (*more, "overwrite=", "patience=")
+    return shlex.join([*(word for word in command if not word.lstrip("+").startswith(left_out)), *more.values()])
 
 
 def _clock(seconds: float) -> str:
@@ -183,8 +196,8 @@ def _clock(seconds: float) -> str:
 
 
 def describe(config: Config) -> str:
-    """The resolved config as YAML-like lines, the net's size and its cost; the data is read for its shape alone."""
-    lines = [f"{key}: {value}" for key, value in asdict(config).items()]
+    """The resolved config as YAML, the net's size and its cost; the data is read for its shape alone."""
+    lines = [f"{key}: {flow(value)}" for key, value in asdict(config).items()]
     try:
         data, _ = make_data(config)
         config = fit_net(config, data.shape, len(data.classes))

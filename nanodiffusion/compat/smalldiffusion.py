@@ -61,7 +61,7 @@ class Schedule:
         return noise.trailing(noise.Schedule(self.sigmas), steps).to(self.sigmas)
 
     def sample_batch(self, x0: Tensor | int) -> Tensor:
-        """Levels to train at, uniform over the table: x0 (b ...), or b as before 0.5 -> (b), with x0's dtype and device."""
+        """Levels to train at, uniform over the table: x0 (b ...), or b as before 0.5 -> (b), on x0's device."""
         batch = _batch(x0)
         return self.sigmas[torch.randint(len(self), (len(batch),))].to(batch)
 
@@ -447,7 +447,9 @@ class SigmaEmbedderSinCos(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, batches: int, sigma: Tensor) -> Tensor:
-        return self.mlp(get_sigma_embeds(batches, sigma, self.scaling_factor, self.log_scale).to(self.mlp[0].weight))
+        return self.mlp(
+            get_sigma_embeds(batches, sigma, self.scaling_factor, self.log_scale).to(next(self.parameters()))
+        )
 
 
 class TimestepEmbedder(nn.Module):
@@ -460,7 +462,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, 1024), gelu(), nn.Linear(1024, hidden_size), gelu(), last)
 
     def forward(self, batches: int, sigma: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(_levels(sigma, batches) * 1000, 256).to(self.mlp[0].weight))
+        return self.mlp(timestep_embedding(_levels(sigma, batches) * 1000, 256).to(next(self.parameters())))
 
 
 class CondEmbedderLabel(nn.Module):
