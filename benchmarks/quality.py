@@ -3,7 +3,7 @@
     python -m benchmarks.quality                     both sides for 15 minutes each, side by side, one core each
     python -m benchmarks.quality ours --minutes 5    one side (ours, ours-unconditional, peer, peer-1024)
 
-The distance is Fréchet's on the features of benchmarks/frechet.py, 5,000 samples against the 10,000 test images.
+The distance is Fréchet's on the features of benchmarks/frechet.py, 2,000 samples against the 10,000 test images.
 The peer's example trains with batches of 1,024, some 40 updates in this time: `peer-1024` is that; `peer` gives it
 batches of 64 and reports the better of its averaged and its raw weights.
 """
@@ -37,7 +37,7 @@ def train_ours(minutes: float, unconditional: bool, overrides: list[str]) -> tup
     with world("cpu") as here:
         runner = Runner(config, here)
         runner.run()
-        return {"ema": torch.cat([runner.pictures(250, first=k) for k in range(0, 5000, 250)])}, runner.trainer.step
+        return {"ema": torch.cat([runner.pictures(250, first=k) for k in range(0, 2000, 250)])}, runner.trainer.step
 
 
 def train_peer(minutes: float, batch: int) -> tuple[dict[str, Tensor], int]:
@@ -64,7 +64,7 @@ def train_peer(minutes: float, batch: int) -> tuple[dict[str, Tensor], int]:
     def pictures() -> Tensor:
         torch.manual_seed(0)
         draw = lambda: list(sd.samples(model, schedule.sample_sigmas(20), gam=1.6, batchsize=250))[-1]  # noqa: E731
-        return torch.cat([draw() for _ in range(20)])
+        return torch.cat([draw() for _ in range(8)])
 
     raw = pictures()
     with average.swap(model):
@@ -72,7 +72,7 @@ def train_peer(minutes: float, batch: int) -> tuple[dict[str, Tensor], int]:
 
 
 def measure(side: str, minutes: float, overrides: list[str]) -> dict:
-    """Train one side, draw 5,000 samples, and give distances, updates and times."""
+    """Train one side, draw 2,000 samples, and give distances, updates and times."""
     from benchmarks.frechet import accuracy, frechet, load_classifier, statistics
     from nanodiffusion.data import fashion_mnist
     from nanodiffusion.show import grid, save_png
@@ -92,7 +92,7 @@ def measure(side: str, minutes: float, overrides: list[str]) -> dict:
         "minutes": minutes,
         "updates": steps,
         "seconds_in_all": round(time.perf_counter() - start),
-        "samples": 5000,
+        "samples": 2000,
         "classifier_accuracy": round(accuracy(net), 4),
         "classifier_sha256": digest,
         "threads": torch.get_num_threads(),

@@ -38,16 +38,16 @@ from nanodiffusion.data import TensorData, load_data, split
 from nanodiffusion.denoiser import Denoiser, edm
 from nanodiffusion.distributed import World
 from nanodiffusion.ema import save_snapshot
-from nanodiffusion.errors import UserError
+from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.generate import check_sampling, cycled, generate
 from nanodiffusion.nets import NETS, build_net, net_flops, net_size
 from nanodiffusion.noise import DENSITIES, SCHEDULES, Density, Schedule
 from nanodiffusion.show import grid, point_cloud, save_png
-from nanodiffusion.tracking import Metrics, open_trackers
+from nanodiffusion.tracking import TRACKERS, Metrics, open_trackers
 from nanodiffusion.train import Draw, Step, Trainer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-REASONS = ("", "patience", "time", "signal")  # why a run ends early; of several, or of several processes, the last counts
+REASONS = ("", "patience", "time", "signal")  # why a run ends early; of several the last counts
 VALIDATION_SEED, VALIDATION_SAMPLES, VALIDATION_LEVELS = 7, 512, 8
 
 # -- from a config to objects --------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def check_net(net: nn.Module, shape: tuple[int, ...]) -> None:
             key="net",
             expected=f"samples of {tuple(shape)}",
             found=f"a net for {tuple(net.sample_shape)}",  # type: ignore[arg-type]
-            fix="leave the net's own size out: the data sets it",
+            fix="leave the net's own size out, the data sets it; points want net.name=mlp",
         )
 
 
@@ -240,6 +240,8 @@ class Runner:
 
     def __init__(self, config: Config, world: World, say: Callable[[str], None] = print) -> None:
         torch.set_float32_matmul_precision(config.matmul)
+        for name in config.trackers:
+            lookup(TRACKERS, name, "trackers")
         self.world, self.say = world, say
         self.folder = Path(config.out) / config.name
         data, held_out = make_data(config)
@@ -266,6 +268,8 @@ class Runner:
             return
         try:
             if self.config.overwrite and self.folder.exists():
+                if not (self.folder / "config.json").is_file():
+                    raise UserError("this folder is no run, so it is not removed", file=self.folder, fix="name=ANOTHER")
                 shutil.rmtree(self.folder)
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             self._describe()

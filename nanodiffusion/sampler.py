@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,16 @@ def _toward(x0: Tensor, x: Tensor, ratio: float) -> Tensor:
     return torch.lerp(x0, x, ratio) if ratio else x0
 
 
+def _mean(x0: Tensor, *others: tuple[Tensor, float]) -> Tensor:
+    """x0 + sum of w (other - x0) over (other, w): D, extrapolated from its values at other levels."""
+    if len(others) == 1:
+        return torch.lerp(x0, *others[0])
+    out = x0 * (1 - sum(w for _, w in others))
+    for other, w in others:
+        out.add_(other, alpha=w)
+    return out
+
+
 def euler(D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise) -> tuple[Tensor, Tensor, Any]:
     """Euler in sigma; the same as DDIM with eta = 0 (Song et al. 2021, eq. 13) and as Euler in flow time."""
     x0 = denoise(D, x, s)
@@ -70,13 +81,15 @@ def gradient_estimation(
     (gam, mu) = (1, 0) is DDIM, (1, 1/2) DDPM on a fine ladder, (2, 0) the accelerated sampler.
     """
     x0 = denoise(D, x, s)
-    eps = (x - x0) / s
+    offset = x - x0  # s eps
     s_down = (s_next / s**mu) ** (1 / (1 - mu))
     up = math.sqrt(max(s_next**2 - s_down**2, 0.0))
     x = _toward(x0, x, s_down / s)
     if memory is not None:
-        x = x.add(eps - memory, alpha=(gam - 1) * (s_down - s))
-    return (x.add(noise(x), alpha=up) if up else x), x0, eps
+        previous, s_previous = memory
+        h = (gam - 1) * (s_down - s)
+        x = x.add(offset, alpha=h / s).add_(previous, alpha=-h / s_previous)
+    return (x.add(noise(x), alpha=up) if up else x), x0, (offset, s)
 
 
 def heun(
@@ -102,8 +115,8 @@ def heun(
     x1 = _toward(x0, x, s_next / s)
     if s_next == 0:
         return x1, x0, memory
-    slope = ((x - x0) / s).add_((x1 - denoise(D, x1, s_next)) / s_next)
-    return x.add(slope, alpha=(s_next - s) / 2), x0, memory
+    # x + h/2 ((x - x0)/s + (x1 - D(x1))/s_next) is a straight move too, toward a mean of both estimates.
+    return _toward(torch.lerp(x0, denoise(D, x1, s_next), s / (2 * s_next)), x, s_next / s), x0, memory
 
 
 def rk4(D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise) -> tuple[Tensor, Tensor, Any]:
@@ -112,23 +125,31 @@ def rk4(D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise) -> 
     if s_next == 0:
         return x0, x0, memory
     h, mid = s_next - s, (s + s_next) / 2
-    slope = lambda x, s: (x - denoise(D, x, s)) / s  # noqa: E731
-    k1 = (x - x0) / s
+    slope = lambda x, s: (x - denoise(D, x, s)).div_(s)  # noqa: E731
+    k1 = (x - x0).div_(s)
     k2 = slope(x.add(k1, alpha=h / 2), mid)
     k3 = slope(x.add(k2, alpha=h / 2), mid)
     k4 = slope(x.add(k3, alpha=h), s_next)
-    return x.add(k1 + 2 * k2 + 2 * k3 + k4, alpha=h / 6), x0, memory
+    return x.add(k1.add_(k2, alpha=2).add_(k3, alpha=2).add_(k4), alpha=h / 6), x0, memory
 
 
-def _lagrange_integral(nodes: tuple[float, ...], j: int, a: float, b: float) -> float:
-    """Integral from a to b of the Lagrange basis polynomial of node j, exact: powers of (sigma - a), highest first."""
-    poly = [1.0]
-    for k, node in enumerate(nodes):
-        if k != j:
-            root, scale = node - a, nodes[j] - node
-            poly = [(p - root * q) / scale for p, q in zip([*poly, 0.0], [0.0, *poly])]
-    h = b - a
-    return sum(c * h ** (len(poly) - i) / (len(poly) - i) for i, c in enumerate(poly))
+@lru_cache
+def _gauss(order: int) -> tuple[tuple[float, float], ...]:
+    """(place in [0, 1], weight) of the quadrature that is exact for polynomials of degree < order."""
+    places, weights = np.polynomial.legendre.leggauss((order + 1) // 2)
+    return tuple(((1 + x) / 2, w / 2) for x, w in zip(places.tolist(), weights.tolist()))
+
+
+@lru_cache(maxsize=4096)
+def _adams_weights(nodes: tuple[float, ...], s_next: float) -> tuple[float, ...]:
+    """Integrals from nodes[0] to s_next of the Lagrange basis polynomials of the nodes."""
+    h, out = s_next - nodes[0], []
+    for j, node in enumerate(nodes):
+        others = nodes[:j] + nodes[j + 1 :]
+        scale = math.prod(node - other for other in others)
+        points = ((nodes[0] + u * h, w) for u, w in _gauss(len(nodes)))
+        out.append(sum(w * math.prod(s - other for other in others) for s, w in points) * h / scale)
+    return tuple(out)
 
 
 def lms(
@@ -136,12 +157,13 @@ def lms(
 ) -> tuple[Tensor, Tensor, Any]:
     """Linear multistep: the integral of the polynomial through the last `order` slopes (Adams-Bashforth, uneven steps)."""
     x0 = denoise(D, x, s)
-    slope = (x - x0) / s
-    history = [(slope, s), *(memory or [])][:order]
-    nodes = tuple(node for _, node in history)
+    history = [((x - x0).div_(s), s), *(memory or [])][:order]
     x = _toward(x0, x, s_next / s)  # the weights sum to s_next - s: Euler, then what the older slopes change
-    for j, (older, _) in enumerate(history[1:], start=1):
-        x = x.add(older - slope, alpha=_lagrange_integral(nodes, j, s, s_next))
+    if memory:
+        first, *older = _adams_weights(tuple(node for _, node in history), s_next)
+        x = x.add(history[0][0], alpha=first - (s_next - s))
+        for (slope, _), w in zip(history[1:], older):
+            x.add_(slope, alpha=w)
     return x, x0, history
 
 
@@ -173,6 +195,22 @@ def dpmpp_2m_sde(
     return (x.add(noise(x), alpha=up) if up else x), x0, (x0, s)
 
 
+@lru_cache(maxsize=4096)
+def _3m_weights(levels: tuple[float, ...], h: float, a: float) -> tuple[float, ...]:
+    """How much each older D counts beside that of levels[0] over a step h in -ln sigma with exponent a = (1 + eta) h.
+
+    With slopes d = (x0 - x1)/r0, e = (x1 - x2)/r1 and c = (d - e)/(r0 + r1) the step adds phi2 (d + r0 c) - phi3 c.
+    """
+    phi2 = math.expm1(-a) / a + 1
+    scale = -math.expm1(-a)
+    r0 = math.log(levels[1] / levels[0]) / h
+    if len(levels) == 2:
+        return (-phi2 / r0 / scale,)
+    r1 = math.log(levels[2] / levels[1]) / h
+    curvature = (phi2 * r0 - (phi2 / a - 0.5)) / (r0 + r1)
+    return -((phi2 + curvature) / r0 + curvature / r1) / scale, curvature / r1 / scale
+
+
 def dpmpp_3m_sde(
     D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise, eta: float = 1.0
 ) -> tuple[Tensor, Tensor, Any]:
@@ -185,28 +223,25 @@ def dpmpp_3m_sde(
     if s_next == 0:
         return x0, x0, history
     h = math.log(s / s_next)
-    a = (1 + eta) * h
-    x_next = _toward(x0, x, math.exp(-a))
-    phi2 = math.expm1(-a) / a + 1
-    if len(history) > 1:
-        x1, s1 = history[1]
-        r0 = math.log(s1 / s) / h
-        d1 = (x0 - x1) / r0
-        if len(history) > 2:
-            x2, s2 = history[2]
-            r1 = math.log(s2 / s1) / h
-            d1_previous = (x1 - x2) / r1
-            d2 = (d1 - d1_previous) / (r0 + r1)
-            d1 = d1.add(d2, alpha=r0)
-            x_next = x_next.sub(d2, alpha=phi2 / a - 0.5)
-        x_next = x_next.add(d1, alpha=phi2)
+    mean, levels = x0, tuple([level for _, level in history])
+    if memory:
+        weights = _3m_weights(levels, h, (1 + eta) * h)
+        mean = _mean(x0, *[(other, w) for (other, _), w in zip(history[1:], weights)])
+    x_next = _toward(mean, x, math.exp(-(1 + eta) * h))
     up = s_next * math.sqrt(-math.expm1(-2 * eta * h))
     return (x_next.add(noise(x), alpha=up) if up else x_next), x0, history
 
 
 @lru_cache(maxsize=4096)
-def _unipc_weights(ratios: tuple[float, ...], h: float) -> tuple[float, ...]:
-    """rho solving sum_k rho_k r_k^(i-1) = B(h)^-1 i! phi_{i+1}(-h) with B(h) = e^h - 1 in data prediction ("bh2")."""
+def _unipc_weights(levels: tuple[float, ...], s_next: float) -> tuple[float, ...]:
+    """How much each older D counts beside that of levels[0] on the way to s_next, which is the last level when correcting.
+
+    rho / r with rho solving sum_k rho_k r_k^(i-1) = B(h)^-1 i! phi_{i+1}(-h), B(h) = e^-h - 1 in data prediction ("bh2").
+    """
+    h = math.log(levels[0] / s_next)
+    ratios = [math.log(levels[0] / s) / h for s in levels[1:]]
+    if len(ratios) == 1:
+        return (0.5 / ratios[0],)  # in prediction of order 2 and correction of order 1 the paper does not solve
     hh = -h
     phi, factorial, rows, right = math.expm1(hh) / hh - 1, 1.0, [], []
     for i in range(1, len(ratios) + 1):
@@ -214,7 +249,7 @@ def _unipc_weights(ratios: tuple[float, ...], h: float) -> tuple[float, ...]:
         right.append(phi * factorial / math.expm1(hh))
         factorial *= i + 1
         phi = phi / hh - 1 / factorial
-    return tuple(np.linalg.solve(rows, right).tolist())
+    return tuple((np.linalg.solve(np.array(rows), np.array(right)) / np.array(ratios)).tolist())
 
 
 def unipc(
@@ -227,26 +262,21 @@ def unipc(
     x0 = denoise(D, x, s)
     x_previous, history = (x, []) if memory is None else memory
     if history:  # UniC: the same step again, with the new estimate among the nodes
-        x = _unipc_move(x_previous, history, s, order, corrected=x0)
+        x = _unipc_move(x_previous, [*history, (x0, s)], s)
     history = [(x0, s), *history][:order]
     if s_next == 0:
         return x0, x0, (x, history)
-    return _unipc_move(x, history, s_next, order, corrected=None), x0, (x, history)
+    return _unipc_move(x, history, s_next), x0, (x, history)
 
 
-def _unipc_move(x: Tensor, history: list, s_next: float, order: int, corrected: Tensor | None) -> Tensor:
-    (x0, s), *older = history[:order]
-    h = math.log(s / s_next)
-    ratios = [math.log(s / s_old) / h for _, s_old in older]
-    differences = [(x_old - x0) / r for (x_old, _), r in zip(older, ratios)]
-    if corrected is not None:
-        ratios, differences = [*ratios, 1.0], [*differences, corrected - x0]
-    # In prediction of order 2 and correction of order 1 the paper takes 1/2 instead of the solution.
-    rhos = (0.5,) if len(ratios) == 1 else _unipc_weights(tuple(ratios), h) if ratios else ()
-    out = _toward(x0, x, s_next / s)
-    for rho, difference in zip(rhos, differences):
-        out = out.sub(difference, alpha=math.expm1(-h) * rho)
-    return out
+def _unipc_move(x: Tensor, history: list[tuple[Tensor, float]], s_next: float) -> Tensor:
+    """From the level of history[0] to s_next, whose own D comes last in the history when it corrects."""
+    (x0, s), *others = history
+    if not others:
+        return _toward(x0, x, s_next / s)
+    # B(h) = s_next / s - 1, so the paper's correction is one of the D that x moves toward.
+    weights = _unipc_weights(tuple([level for _, level in history]), s_next)
+    return _toward(_mean(x0, *[(other, w) for (other, _), w in zip(others, weights)]), x, s_next / s)
 
 
 STEPS: dict[str, Step] = {

@@ -3,10 +3,12 @@
 A tracker's error is said once and never stops a run.
 """
 
+import atexit
 import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -88,19 +90,28 @@ def tensorboard(folder: Path, config: dict[str, Any]) -> Log:
 
 def mlflow(folder: Path, config: dict[str, Any]) -> Log:
     """Metrics to MLFLOW_TRACKING_URI, else to the explicit sqlite store `folder`/mlflow.db."""
-    client = need("mlflow", "mlflow")
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        client.set_tracking_uri(f"sqlite:///{folder.resolve() / 'mlflow.db'}")
-    client.set_experiment("nanodiffusion")
-    client.end_run()  # that of the sweep's run before, in this process
-    client.start_run(run_name=config["name"])
-    client.log_params({k: str(v)[:500] for k, v in config.items()})
-    return lambda row: client.log_metrics(_scalars(row), step=row["step"])
+    package = need("mlflow", "mlflow")
+    # A client of our own: mlflow's global run and URI would be the first run's for all of a sweep.
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+    client = package.MlflowClient(uri)
+    known = client.get_experiment_by_name("nanodiffusion")
+    experiment = known.experiment_id if known else client.create_experiment("nanodiffusion")
+    run = client.create_run(experiment, run_name=config["name"]).info.run_id
+    atexit.register(client.set_terminated, run)
+    entities = need("mlflow.entities", "mlflow")
+    client.log_batch(run, params=[entities.Param(k, str(v)[:500]) for k, v in config.items()])
+
+    def log(row: Row) -> None:
+        now = int(time.time() * 1000)
+        client.log_batch(run, [entities.Metric(k, v, now, row["step"]) for k, v in _scalars(row).items()])
+
+    return log
 
 
 def wandb(folder: Path, config: dict[str, Any]) -> Log:
     """A Weights & Biases run; WANDB_MODE=offline works without a network."""
-    run = need("wandb", "wandb").init(project="nanodiffusion", name=config["name"], dir=str(folder), config=config, reinit=True)
+    wandb = need("wandb", "wandb")
+    run = wandb.init(project="nanodiffusion", name=config["name"], dir=str(folder), config=config, reinit=True)
     return lambda row: run.log(_scalars(row), step=row["step"])
 
 

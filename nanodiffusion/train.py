@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from nanodiffusion.config import Component, TrainConfig, from_dict, make
 from nanodiffusion.data import order
-from nanodiffusion.denoiser import WEIGHTS, Cond, Denoiser
+from nanodiffusion.denoiser import DISTANCES, WEIGHTS, Cond, Denoiser
 from nanodiffusion.distributed import World
 from nanodiffusion.ema import EMA, PROFILES, Profile
-from nanodiffusion.errors import UserError
+from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.noise import Density
 
 
@@ -49,6 +49,7 @@ class Objective(nn.Module):
 
     def __init__(self, denoiser: Denoiser, distance: str = "mse", weight: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
+        lookup(DISTANCES, distance, "loss")
         self.denoiser, self.distance, self.weight = denoiser, distance, weight
 
     def forward(self, x0: Tensor, sigma: Tensor, eps: Tensor, cond: Cond) -> Tensor:
@@ -81,7 +82,7 @@ _NOT_BY_NAME = {"LRScheduler", "ChainedScheduler", "SequentialLR", "LambdaLR", "
 TORCH_SCHEDULERS = {
     k: v
     for k, v in vars(torch.optim.lr_scheduler).items()
-    if inspect.isclass(v) and issubclass(v, torch.optim.lr_scheduler.LRScheduler) and k[0] != "_" and k not in _NOT_BY_NAME
+    if inspect.isclass(v) and issubclass(v, torch.optim.lr_scheduler.LRScheduler) and k.lstrip("_") not in _NOT_BY_NAME
 }
 
 
@@ -263,7 +264,7 @@ class Trainer:
         return Step(self.step, mean, per_sample, torch.cat([d.sigma for d in draws]), norm, lr, skipped)
 
     def _apply(self, loss: Tensor) -> tuple[Tensor, bool]:
-        """Clip, update weights and averages; a non-finite loss or gradient leaves them and the optimiser as they are."""
+        """Clip, update weights and averages; a non-finite loss or gradient leaves them and the optimiser alone."""
         self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))

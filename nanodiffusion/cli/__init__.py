@@ -96,7 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_train_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--multirun", action="store_true", help="key=a,b is a sweep: one run for every combination")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="key=a,b is a sweep: one run for every combination"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and the net's size, and stop")
 
 
@@ -149,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         return _fail(e)
     except OSError as e:
-        return _fail(UserError(f"the disk refused: {e.strerror or e}", file=e.filename, fix="free some space, check it"))
+        return _fail(
+            UserError(f"the disk refused: {e.strerror or e}", file=e.filename, fix="free some space, check it")
+        )
     except RuntimeError as e:
         if type(e).__name__ != "OutOfMemoryError":
             raise

@@ -49,7 +49,7 @@ def look(target: str) -> Facts:
 
 
 def of_run(path: Path) -> Facts:
-    """A run's folder or one checkpoint's: its newest sound checkpoint, and whether each one is what its manifest says."""
+    """A run's folder or a checkpoint's: the newest sound checkpoint, and whether each is what its manifest says."""
     checkpoint = find_checkpoint(path)
     root = path / "checkpoint"
     every = [path] if checkpoint.folder == path else [*checkpoints(root), *[f for f in [root / "best"] if f.is_dir()]]
@@ -89,7 +89,8 @@ def of_config(config: Config) -> Facts:
         "schedule": _component(config.schedule),
         "density": _component(config.density),
         "data": _component(config.data),
-        "sampler": f"{_component(config.sample.sampler)}, {config.sample.steps} steps of {_component(config.sample.ladder)}",
+        "sampler": _component(config.sample.sampler),
+        "ladder": f"{_component(config.sample.ladder)}, {config.sample.steps} steps",
     }
 
 
@@ -104,7 +105,7 @@ def of_tensors(path: Path) -> Facts:
     facts |= {"numbers": f"{sum(sizes):,}", "types": ", ".join(sorted(kinds))}
     if "config" in meta:
         return facts | of_model(meta)
-    return facts | {k: json.dumps(v)[:200] for k, v in meta.items()} | {n: s for n, s in list(shapes.items())[:20]}
+    return facts | {k: json.dumps(v)[:200] for k, v in meta.items()} | dict(list(shapes.items())[:20])
 
 
 def of_picture(path: Path) -> Facts:
@@ -115,16 +116,18 @@ def of_picture(path: Path) -> Facts:
     except (OSError, SyntaxError, ValueError) as e:
         raise UserError("the picture cannot be read", file=path, found=str(e)) from None
     if text is None:
-        raise UserError("this picture carries no settings of ours", file=path, expected="a PNG from nanodiffusion sample")
+        raise UserError(
+            "this picture carries no settings of ours", file=path, expected="a PNG from nanodiffusion sample"
+        )
     return {"picture": path, "pixels": f"{size[0]} x {size[1]}", **json.loads(text)}
 
 
 def of_recipe(path: Path) -> Facts:
     """A recipe: the same lines as `train --dry-run`."""
-    from nanodiffusion.cli.train import describe, plan
+    from nanodiffusion.cli.train import facts, plan
 
     ((config, _),) = plan(str(path), [])
-    return dict(line.partition(": ")[::2] for line in describe(config).splitlines())
+    return facts(config)
 
 
 def _component(spec: Facts) -> str:

@@ -31,10 +31,10 @@ def batches(
     strength: float = 1.0,
     batch: int = BATCH,
 ) -> Iterator[list[State]]:
-    """The states (b ...) of every step, batch after batch, on the CPU."""
+    """The states (b ...) of every step, batch after batch, on the CPU; x0 (1 ...) is where image to image starts."""
     for i in range(0, len(seeds), batch):
         part = slice(i, i + batch)
-        start = None if x0 is None else x0.expand(len(seeds[part]), *x0.shape)
+        start = None if x0 is None else x0.expand(len(seeds[part]), *x0.shape[1:])
         own = None if labels is None else labels[part]
         states = generate(run.denoiser, run.shape, run.schedule, config, seeds[part], own, start, strength)
         yield [s._replace(x=s.x.cpu(), x0=s.x0.cpu()) for s in states]

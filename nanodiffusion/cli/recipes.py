@@ -1,4 +1,4 @@
-"""Recipes: YAML files composed by Hydra, changed by key=value in its grammar, as a plain mapping that read_config checks.
+"""Recipes: YAML files composed by Hydra, changed by key=value in its grammar, read by read_config.
 
 Hydra composes and parses; it instantiates nothing, and a recipe cannot reach the environment or import anything.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanodiffusion.config import Component, Config
-from nanodiffusion.errors import UserError, need, nearest
+from nanodiffusion.errors import UserError, nearest, need
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 Recipe = dict[str, Any]
@@ -41,7 +41,7 @@ def component_keys(cls: type = Config, prefix: str = "") -> list[str]:
     return found
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def find_recipe(recipe: str, folder: str | Path | None = None) -> Path:
@@ -101,11 +101,11 @@ def _refuse_resolvers(value: Any, file: object, key: str = "") -> None:
         raise UserError("a recipe refers to its own keys only", file=file, key=key, found=value, fix=fix)
 
 
-# -- key=value -----------------------------------------------------------------------------------------------------------
+# -- key=value ---------------------------------------------------------------------------------------------------------
 
 
 def parse_overrides(words: Sequence[str]) -> list[Any]:
-    """Hydra's overrides of key=value words; UserError on one that cannot be read, on Hydra's own keys, on a key twice."""
+    """Hydra's overrides of key=value words; UserError on one that cannot be read, Hydra's own keys, a key twice."""
     hydra = need("hydra.core.override_parser.overrides_parser", "train")
     parser, found = hydra.OverridesParser.create(), []
     for word in words:
@@ -130,7 +130,8 @@ def expand(overrides: Sequence[Any], multirun: bool) -> list[tuple[list[Any], st
         fix = "-m for a sweep, [a,b] for a list, or quotes around a text with a comma"
         raise UserError("several values for one key", key=swept[0].key_or_group, found=swept[0].input_line, fix=fix)
     product = itertools.product(*map(_choices, overrides))
-    return [(list(chosen), ",".join(o.input_line for o in chosen if o not in overrides)) for chosen in product]
+    told = lambda o: o not in overrides and o.key_or_group not in ("name", "out")  # noqa: E731
+    return [(list(chosen), ",".join(o.input_line for o in chosen if told(o))) for chosen in product]
 
 
 def _choices(override: Any) -> list[Any]:
@@ -142,7 +143,7 @@ def _choices(override: Any) -> list[Any]:
 
 
 def compose(file: Path, overrides: Sequence[Any], given: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe with the overrides in it, resolved, to be read by read_config. given: keys set before the overrides."""
+    """The recipe with the overrides in it, resolved, for read_config. given: keys set before the overrides."""
     omegaconf = need("omegaconf", "train")
     groups = [o for o in overrides if (file.parent / o.key_or_group).is_dir()]
     overrides = [o for o in overrides if o not in groups]
@@ -207,4 +208,6 @@ def _apply(config: Any, override: Any) -> None:
     value = override.value()
     if key in component_keys() and isinstance(value, str):
         value = {"name": value}
+    if key in ("name", "out") and not isinstance(value, str):  # a run may be called 7
+        value = override.get_value_string()
     OmegaConf.update(config, key, value, merge=True, force_add=True)

@@ -77,7 +77,7 @@ def main(args: Namespace) -> int:
     return 0
 
 
-# -- words ---------------------------------------------------------------------------------------------------------------
+# -- words -------------------------------------------------------------------------------------------------------------
 
 
 def parse_value(text: str) -> Any:
@@ -99,7 +99,7 @@ def parse_value(text: str) -> Any:
 
 
 def read_words(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """key=value words as (options of the command, changes of the SampleConfig by dotted key), checked by name and type."""
+    """key=value words as (options of the command, changes of the SampleConfig by dotted key), checked."""
     kinds = typing.get_type_hints(Options)
     ours = {k: v for k, v in typing.get_type_hints(SampleConfig).items() if k not in kinds}
     given: dict[str, Any] = {}
@@ -135,7 +135,7 @@ def changed(config: SampleConfig, changes: dict[str, Any]) -> SampleConfig:
     return from_dict(SampleConfig, values)
 
 
-# -- a job ---------------------------------------------------------------------------------------------------------------
+# -- a job -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,11 @@ def prepare(path: str, options: dict[str, Any], changes: dict[str, Any], w: Worl
         "step": run.step,
         **{"weights": options.get("weights", "ema-0"), "best": options.get("best", False)},
         **{"n": n, "seed": options.get("seed", 0), "class": options.get("class", "all" if columns else None)},
-        **{"image": options.get("image"), "strength": strength, **{k: v for k, v in asdict(config).items() if k != "n"}},
+        **{
+            "image": options.get("image"),
+            "strength": strength,
+            **{k: v for k, v in asdict(config).items() if k != "n"},
+        },
     }
     return Job(run, config, n, settings["seed"], labels, x0, strength, batch, columns, settings)
 
@@ -232,7 +236,7 @@ def run_folder(run: Run) -> Path:
     return run.folder.parents[1] if run.folder.parent.name == "checkpoint" else run.folder
 
 
-# -- pictures ------------------------------------------------------------------------------------------------------------
+# -- pictures ----------------------------------------------------------------------------------------------------------
 
 
 def draw(job: Job, kind: str, path: Path) -> Path:
@@ -263,7 +267,7 @@ def write_images(job: Job, folder: Path, w: World) -> None:
             show.save_png(show.grid(image[None], scale=1), path, {"nanodiffusion": text})
 
 
-# -- arrays for evaluation -----------------------------------------------------------------------------------------------
+# -- arrays for evaluation ---------------------------------------------------------------------------------------------
 
 
 def spans(n: int, batch: int, w: World) -> Iterator[tuple[int, int]]:
@@ -309,7 +313,9 @@ def fingerprint(run: Run) -> str:
     """SHA-256 of the weights a run holds."""
     digest = hashlib.sha256()
     for name, tensor in sorted(run.denoiser.net.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -318,7 +324,9 @@ def _settings_of(path: Path) -> str:
         with np.load(path, allow_pickle=False) as arrays:
             return str(arrays["settings"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise UserError("this file is not ours to replace", file=path, key="npz", found=str(e), fix="another name") from None
+        raise UserError(
+            "this file is not ours to replace", file=path, key="npz", found=str(e), fix="another name"
+        ) from None
 
 
 def _check_settings(old: str, new: str, path: Path) -> None:

@@ -6,7 +6,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from nanodiffusion.cli.pictures import draw_run
 from nanodiffusion.cli.recipes import compose, expand, find_recipe, flow, parse_overrides
 from nanodiffusion.config import Config, read_config
-from nanodiffusion.distributed import World, world
+from nanodiffusion.distributed import world
 from nanodiffusion.errors import UserError
 from nanodiffusion.generate import cycled
 from nanodiffusion.nets import net_flops, net_size
@@ -47,7 +46,7 @@ def run_command(recipe: str, words: Sequence[str], args: Namespace, given: Mappi
         if len(plans) > 1:
             print(f"-- {config.name}")
         if args.dry_run:
-            print(describe(config))
+            print("\n".join(f"{key}: {flow(value)}" for key, value in facts(config).items()))
         elif len(plans) == 1:
             return train(config, [*command, *own])
         else:
@@ -90,7 +89,7 @@ def _one_of_many(config: Config, command: Sequence[str]) -> int:
         return 2
 
 
-# -- one run -------------------------------------------------------------------------------------------------------------
+# -- one run -----------------------------------------------------------------------------------------------------------
 
 
 def train(config: Config, command: Sequence[str] = ("nanodiffusion", "train", "RECIPE")) -> int:
@@ -99,7 +98,7 @@ def train(config: Config, command: Sequence[str] = ("nanodiffusion", "train", "R
         say: Say = print if w.first else lambda text: None
         runner = Runner(config, w, say)
         if ended := finished(runner):
-            say(f"{runner.folder} is finished: {ended}\nto go on: {_longer(config, command)}\nafresh: add overwrite=true")
+            say(f"{runner.folder} is finished: {ended}\nto go on: {_longer(config, command)}\nafresh: overwrite=true")
             if (runner.folder / "report.html").exists():
                 return 0
         else:
@@ -154,7 +153,7 @@ def fixed_labels(run: Run) -> Tensor | None:
     return None if known is None else cycled(run.config.sample.n, known)
 
 
-# -- words ---------------------------------------------------------------------------------------------------------------
+# -- words -------------------------------------------------------------------------------------------------------------
 
 
 def opening(runner: Runner) -> str:
@@ -195,24 +194,24 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}" if minutes else f"{seconds:.1f} s"
 
 
-def describe(config: Config) -> str:
-    """The resolved config as YAML, the net's size and its cost; the data is read for its shape alone."""
-    lines = [f"{key}: {flow(value)}" for key, value in asdict(config).items()]
+def facts(config: Config) -> dict[str, Any]:
+    """The resolved config, the net's size and its cost; the data is read for its shape alone."""
+    found = asdict(config)
     try:
         data, _ = make_data(config)
         config = fit_net(config, data.shape, len(data.classes))
-        lines.append(f"samples: {len(data):,} of {data.shape}, {len(data.classes)} classes")
+        found["samples"] = f"{len(data):,} of {data.shape}, {len(data.classes)} classes"
     except UserError as e:
-        lines.append(f"samples: the data is not here ({e.what})")
+        found["samples"] = f"the data is not here ({e.what})"
     net = make_denoiser(config).net
-    return "\n".join([*lines, f"parameters: {net_size(net):,}", f"FLOPs: {net_flops(net):,} a forward pass of one sample"])
+    return found | {"parameters": f"{net_size(net):,}", "FLOPs": f"{net_flops(net):,} a forward pass of one sample"}
 
 
-# -- the progress line ---------------------------------------------------------------------------------------------------
+# -- the progress line -------------------------------------------------------------------------------------------------
 
 
 class Progress:
-    """One line while a run trains: step, smoothed loss, images/s, time left. A bar on a terminal, else a line now and then.
+    """Step, smoothed loss, images/s and time left while a run trains: a bar on a terminal, else a line now and then.
 
     The loss stays on its device until it is shown, so that watching costs no synchronisation.
     """
@@ -259,4 +258,6 @@ class Progress:
         """Seconds until the run ends, by its steps or its time."""
         config = self.runner.config
         by_steps = (config.steps - step) / max(pace, 1e-9)
-        return min(by_steps, max(0.0, config.time_limit - self.runner.progress.seconds)) if config.time_limit else by_steps
+        return (
+            min(by_steps, max(0.0, config.time_limit - self.runner.progress.seconds)) if config.time_limit else by_steps
+        )

@@ -1,0 +1,300 @@
+"""Every claim about speed, measured: `python -m benchmarks.bench [names...] [--gpu]` -> results/<device>-<name>.json.
+
+Both sides run in processes of their own, one window at a time, in turn A B B A; a window in which other processes took
+more than a tenth of a core is rejected. The figures are medians of the clean windows, the spread their quartiles. Only
+ratios within one run mean anything; where fewer than 7 windows of a side were clean, the result says so (`noisy`), and
+then the ratio of CPU seconds with --threads 1 is the better one.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.worker import busy
+
+RESULTS = Path(__file__).parent / "results"
+CLEAN, FOREIGN, SECONDS = 7, 0.1, 1.0  # windows wanted, cores others may take, length of a window
+PACKAGES = ("torch", "numpy", "smalldiffusion", "diffusers", "accelerate")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Sides by name, each a "module case" of `worker`, and which of them is the peer of which."""
+
+    sides: dict[str, str]
+    unit: str
+    peer: str = "smalldiffusion"
+    inverse: bool = False  # report time per unit rather than units per second
+    gpu: bool = True
+    note: str = ""
+    peers: dict[str, str] = field(default_factory=dict)  # of the sides whose peer is another one
+
+
+def fashion(net: str) -> Bench:
+    """A net of 4 million parameters in both precisions; the bf16 ratio is to the peer's fp32, as the goals count."""
+    names = {"ours fp32": "fp32", "ours bf16": "bf16", "ours fp32 untuned": "fp32-untuned"}
+    sides = {side: f"ours {net}-{case}" for side, case in names.items()}
+    sides |= {"smalldiffusion": f"peers {net}-fp32", "smalldiffusion bf16": f"peers {net}-bf16"}
+    return Bench(sides, "images")
+
+
+def solvers() -> dict[str, Bench]:
+    """Each of our solvers, beside the scheduler of diffusers that does the same, where there is one."""
+    from benchmarks.peers import SCHEDULERS
+    from nanodiffusion.sampler import STEPS
+
+    sides = lambda name: {"ours": f"ours sampler-{name}"} | (  # noqa: E731
+        {"diffusers": f"peers sampler-{name}"} if name in SCHEDULERS else {}
+    )
+    note = "seconds per call of the denoiser, which does nothing, on (4, 4, 8, 8)"
+    return {f"sampler-{name}": Bench(sides(name), "s", "diffusers", True, False, note) for name in STEPS}
+
+
+def benches() -> dict[str, Bench]:
+    """All benchmarks of running work; `COLD` holds those of fresh processes."""
+    roll = lambda case: {  # noqa: E731
+        "ours": f"ours {case}",
+        "ours compat": f"ours {case}-compat",
+        "smalldiffusion": f"peers {case}",
+    }
+    return {
+        "swissroll": Bench(roll("swissroll"), "steps", note="100 points: what the README's loader of 2,048 yields"),
+        "swissroll-2048": Bench(roll("swissroll-2048"), "steps"),
+        "swissroll-sample": Bench(
+            {"ours": "ours swissroll-sample", "smalldiffusion": "peers swissroll-sample"}, "runs", note="2,000 x 20"
+        ),
+        "unet": fashion("unet"),
+        "dit": fashion("dit"),
+        **solvers(),
+    }
+
+
+# -- running work --------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A side's process; `window(n)` runs its case n times."""
+
+    def __init__(self, case: str, device: str, environment: dict[str, str]) -> None:
+        command = [sys.executable, "-m", "benchmarks.worker", *case.split(), device]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, env=environment, text=True, bufsize=1, **pipes)
+        self.answer()
+
+    def answer(self) -> dict[str, float]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"a side ended early: {' '.join(map(str, self.process.args))}")  # type: ignore[arg-type]
+
+    def window(self, calls: int) -> dict[str, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{calls}\n")
+        return self.answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def calls_for(worker: Worker, seconds: float) -> int:
+    """Calls that fill a window, after warming up."""
+    worker.window(2)
+    calls = 1
+    while (took := worker.window(calls)["seconds"]) < seconds / 4:
+        calls *= 4
+    return max(1, round(calls * seconds / took))
+
+
+def run(bench: Bench, device: str, threads: int, seconds: float, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Windows of every side, in turn and back again, until each has enough clean ones."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    workers = {side: Worker(case, device, environment) for side, case in bench.sides.items()}
+    calls = {side: calls_for(worker, seconds) for side, worker in workers.items()}
+    windows: dict[str, list[dict[str, float]]] = {side: [] for side in workers}
+    for i in range(rounds):
+        for side in list(workers) if i % 2 == 0 else list(workers)[::-1]:
+            windows[side].append(workers[side].window(calls[side]))
+        if all(len(clean(w)) >= CLEAN for w in windows.values()):
+            break
+    for worker in workers.values():
+        worker.close()
+    return windows
+
+
+def clean(windows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The windows in which the machine did nothing else."""
+    return [w for w in windows if w["others"] < FOREIGN]
+
+
+def summary(windows: list[dict[str, float]], noisy: bool) -> dict[str, Any]:
+    """Median and quartiles of a side: seconds per unit by the clock, and of CPU."""
+    used = windows if noisy else clean(windows)
+    low, middle, high = statistics.quantiles([w["wall"] for w in used], n=4)
+    return {
+        "seconds": middle,
+        "quartiles": [low, high],
+        "cpu_seconds": statistics.median(w["cpu"] for w in used),
+        "least_cpu_seconds": min(w["cpu"] for w in used),
+        "windows": len(used),
+        "rejected": 0 if noisy else len(windows) - len(used),
+        "peak_mb": max(w["peak_mb"] for w in windows),
+    }
+
+
+def compare(bench: Bench, windows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """A result: both sides and the ratios of the peer's time to ours, above 1 where ours is faster."""
+    noisy = any(len(clean(w)) < CLEAN for w in windows.values())
+    sides = {side: summary(w, noisy) for side, w in windows.items()}
+    by = lambda key: {  # noqa: E731
+        side: round(sides[bench.peer][key] / s[key], 3) for side, s in sides.items() if side != bench.peer
+    }
+    ratios = {} if bench.peer not in sides else {"wall": by("seconds"), "cpu": by("cpu_seconds")}
+    ratios |= {"least_cpu": by("least_cpu_seconds")} if ratios else {}
+    return {"unit": bench.unit, "note": bench.note, "noisy": noisy, "peer": bench.peer, "sides": sides, "ratios": ratios}
+
+
+# -- fresh processes -----------------------------------------------------------------------------------------------------
+
+ROLL_OURS = """
+import math
+from nanodiffusion.data import swiss_roll
+from nanodiffusion.denoiser import Denoiser
+from nanodiffusion.nets import build_net
+from nanodiffusion.noise import log_linear, table_density
+from nanodiffusion.train import train
+D = Denoiser(build_net("mlp", hidden=[16, 128, 128, 128, 128, 16]))
+data = swiss_roll(100, math.pi / 2, 5 * math.pi)
+losses = [s.loss.item() for s in train(D, data, table_density(log_linear()), steps=10000, batch_size=100, ema=[])]
+"""
+ROLL_PEER = """
+import numpy as np
+from torch.utils.data import DataLoader
+from tests.reference import smalldiffusion
+sd = smalldiffusion()
+loader = DataLoader(sd.Swissroll(np.pi / 2, 5 * np.pi, 100), batch_size=2048)
+model = sd.TimeInputMLP(hidden_dims=(16, 128, 128, 128, 128, 16))
+losses = [n.loss.item() for n in sd.training_loop(loader, model, sd.ScheduleLogLinear(N=200), epochs=10000)]
+"""
+COLD: dict[str, tuple[dict[str, list[str]], str, int]] = {  # name: sides, peer, repeats
+    "import": (
+        {
+            "import nanodiffusion": ["-c", "import nanodiffusion"],
+            "nanodiffusion --help": ["-m", "nanodiffusion", "--help"],
+            "import nanodiffusion.train": ["-c", "import nanodiffusion.train"],
+            "python": ["-c", "pass"],
+            "import torch": ["-c", "import torch"],
+            "import smalldiffusion": ["-c", "from tests.reference import smalldiffusion as s; s()"],
+            "import diffusers": ["-c", "from diffusers import UNet2DConditionModel"],
+        },
+        "import torch",
+        11,
+    ),
+    "swissroll-run": ({"ours": ["-c", ROLL_OURS], "smalldiffusion": ["-c", ROLL_PEER]}, "smalldiffusion", 3),
+}
+
+
+def once(command: list[str], environment: dict[str, str]) -> dict[str, float]:
+    """Seconds, CPU seconds and peak memory (VmHWM, MB) of a fresh interpreter."""
+    code = (
+        "import json,resource,subprocess,sys,time;t=time.perf_counter();"
+        "r=subprocess.call(sys.argv[1:],stdout=subprocess.DEVNULL,stderr=subprocess.DEVNULL);"
+        "u=resource.getrusage(resource.RUSAGE_CHILDREN);"
+        "print(json.dumps({'wall':time.perf_counter()-t,'cpu':u.ru_utime+u.ru_stime,'peak_mb':u.ru_maxrss/1024,'rc':r}))"
+    )
+    before = busy()
+    answer = json.loads(subprocess.check_output([sys.executable, "-c", code, sys.executable, *command], env=environment))
+    if answer.pop("rc"):
+        raise SystemExit(f"this command failed: python {' '.join(command)}")
+    return {**answer, "others": max(0.0, busy() - before - answer["cpu"]) / answer["wall"]}
+
+
+def run_cold(name: str, threads: int) -> dict[str, Any]:
+    """A benchmark of fresh processes, in turn and back again."""
+    commands, peer, repeats = COLD[name]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    windows: dict[str, list[dict[str, float]]] = {side: [] for side in commands}
+    for i in range(repeats):
+        for side in list(commands) if i % 2 == 0 else list(commands)[::-1]:
+            windows[side].append(once(commands[side], environment))
+    return compare(Bench({}, "s", peer), windows)
+
+
+# -- results -------------------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """What was installed."""
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return {"python": platform.python_version()} | {p: found[p] for p in PACKAGES if p in found}
+
+
+def device_name(gpu: bool) -> str:
+    """The processor's or the GPU's own name."""
+    if gpu:
+        import torch
+
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    """A result in a few lines."""
+    print(f"{name}{'  (noisy: not enough quiet windows)' * result['noisy']}")
+    for side, s in result["sides"].items():
+        rate = f"{s['seconds'] * 1e6:10.1f} us" if result["unit"] == "s" else f"{1 / s['seconds']:10.1f} {result['unit']}/s"
+        ratios = " ".join(f"{kind} {r[side]:.2f}x" for kind, r in result["ratios"].items() if side in r)
+        print(f"  {side:24} {rate}  peak {s['peak_mb']:5.0f} MB  {ratios}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="which ones; their beginnings will do; none means all")
+    parser.add_argument("--gpu", action="store_true", help="what makes sense on CUDA")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="length of a window")
+    parser.add_argument("--rounds", type=int, default=21, help="most windows per side")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+
+    device, kind = ("cuda", "cuda") if args.gpu else ("cpu", "cpu")
+    table = {name: b for name, b in benches().items() if b.gpu or not args.gpu}
+    known = [*table, *([] if args.gpu else COLD)]
+    wanted = [n for n in known if not args.names or any(n.startswith(a) for a in args.names)]
+    if not wanted:
+        raise SystemExit(f"no such benchmark; there are: {', '.join(known)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in wanted:
+        result = (
+            run_cold(name, args.threads)
+            if name in COLD
+            else compare(table[name], run(table[name], device, args.threads, args.seconds, args.rounds))
+        )
+        facts = {
+            "name": name,
+            "device": device_name(args.gpu),
+            "threads": args.threads,
+            "versions": versions(),
+            "command": " ".join(["python -m benchmarks.bench", *sys.argv[1:]]),
+            "protocol": " ".join((__doc__ or "").split("\n\n")[1].split()),
+        }
+        (args.out / f"{kind}-{name}.json").write_text(json.dumps(facts | result, indent=1) + "\n")
+        show(name, result)
+
+
+if __name__ == "__main__":
+    main()

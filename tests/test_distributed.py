@@ -1,0 +1,213 @@
+"""Two gloo processes against one: the same losses, the same weights, one writer, one decision to stop."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import IMAGES, POINTS, images, make_runner, rows, saved
+
+from nanodiffusion.checkpoint import latest
+from nanodiffusion.distributed import World, pick_device, world
+from nanodiffusion.errors import UserError
+from nanodiffusion.train import Step
+
+ONE = 1e-6  # between the same sums in another order
+STEPS = 40
+
+
+def cases(folder: Path) -> dict[str, dict[str, Any]]:
+    """Recipes by name; without dropout, whose masks depend on how a batch is cut."""
+    points = {**POINTS, "batch_size": 32, "steps": STEPS, "validate_every": 20, "validation": 0.2, "lr": 1e-3}
+    plain = {**IMAGES["net"], "dropout": 0.0}
+    pictures = {**IMAGES, "net": plain, "data": images(folder), "steps": STEPS, "clip": 1.0, "lr": 1e-3}
+    return {
+        "points": points,
+        "points, accumulate=2": {**points, "accumulate": 2},
+        "images": {**pictures, "accumulate": 1},
+        "images, accumulate=2": pictures,
+    }
+
+
+# -- the workers -----------------------------------------------------------------------------------------------------
+
+
+def follow(out: Path, options: dict[str, Any], here: World, signal_at: int = 0, seconds: float = 0.0) -> dict[str, Any]:
+    """Train (on), and tell what this rank saw."""
+    losses: list[float] = []
+    runner = make_runner(out, options, world=here)
+    runner.progress.seconds += seconds
+
+    def each(step: Step) -> None:
+        losses.append(step.loss.item())
+        if signal_at == step.step:
+            os.kill(os.getpid(), 15)
+
+    reason = runner.run(each)
+    net = runner.trainer.denoiser.net
+    return {
+        "reason": reason,
+        "losses": losses,
+        "step": runner.trainer.step,
+        "weight": sum(p.double().sum().item() for p in net.parameters()),
+    }
+
+
+def work(out: Path) -> None:
+    """Everything that the tests ask two processes for, in one go: starting them costs more than all of it."""
+    with world("cpu") as here:
+        found: dict[str, Any] = {"size": here.size, "rank": here.rank, "largest": here.max(here.rank + 5)}
+        found["mean"] = here.mean(torch.tensor([1.0, 10.0]) * (here.rank + 1)).tolist()
+        for name, options in cases(out).items():
+            found[name] = follow(out / "two" / name, options, here)
+        found["resumed"] = follow(out / "cut", cases(out)["points"], here)
+        options = {**POINTS, "steps": 200}
+        found["signalled"] = follow(out / "signalled", options, here, signal_at=7 * here.rank)
+        # one clock is ahead: its process alone finds that the time is over
+        found["late"] = follow(out / "late", {**options, "time_limit": 1000.0}, here, seconds=999.99 * here.rank)
+        with_dropout = {**IMAGES, "data": images(out), "steps": 12}
+        found["dropout"] = follow(out / "dropout-whole", with_dropout, here)
+        follow(out / "dropout-cut", with_dropout, here, signal_at=5 * (1 - here.rank))
+        found["dropout, cut"] = follow(out / "dropout-cut", with_dropout, here)
+    (out / f"rank-{here.rank}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> dict[str, Any]:
+    """What both ranks saw, and the folder of it all; a run of one process stopped half way lies in it for them."""
+    out = tmp_path_factory.mktemp("two")
+    options = cases(out)["points"]
+    follow(out / "cut", options, World(), signal_at=STEPS // 2)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, __file__, str(out)]
+    ranks = [
+        subprocess.Popen(command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE)
+        for r in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
+    return {"out": out, "ranks": [json.loads((out / f"rank-{r}.json").read_text()) for r in range(2)]}
+
+
+@pytest.fixture(scope="module")
+def one(two) -> dict[str, dict[str, Any]]:
+    """The same cases by one process."""
+    out = two["out"]
+    return {name: follow(out / "one" / name, options, World()) for name, options in cases(out).items()}
+
+
+NAMES = ["points", "points, accumulate=2", "images", "images, accumulate=2"]
+
+
+def largest(a: list[float], b: list[float]) -> float:
+    assert len(a) == len(b)
+    return max(abs(x - y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_have_the_loss_curve_of_one(one, two, name):
+    deviation = largest(one[name]["losses"], two["ranks"][0][name]["losses"])
+    print(f"{name}: largest deviation of {STEPS} losses {deviation:.2e}")
+    assert len(one[name]["losses"]) == STEPS and deviation <= ONE
+    assert two["ranks"][0][name]["losses"] == two["ranks"][1][name]["losses"]  # each knows the global loss
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_end_with_the_weights_of_one(one, two, name):
+    ours, theirs = saved(two["out"] / "one" / name / "run")[0], saved(two["out"] / "two" / name / "run")[0]
+    assert ours.keys() == theirs.keys()
+    deviation = max((v - theirs[k]).abs().max().item() for k, v in ours.items() if not k.startswith("optimizer"))
+    print(f"{name}: largest deviation of weights and averages {deviation:.2e}")
+    assert deviation <= ONE
+    assert two["ranks"][0][name]["weight"] == two["ranks"][1][name]["weight"]
+
+
+def test_rows_of_two_processes_are_those_of_one(one, two):
+    ours, theirs = (rows(two["out"] / kind / "points/run") for kind in ("one", "two"))
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]  # once each: one rank writes
+    for a, b in zip(ours, theirs):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=ONE), key
+
+
+def test_a_checkpoint_of_one_process_continues_in_two(one, two):
+    resumed = two["ranks"][0]["resumed"]["losses"]
+    assert largest(one["points"]["losses"][STEPS // 2 :], resumed) <= ONE
+    assert latest(two["out"] / "cut/run/checkpoint").step == STEPS
+
+
+def test_a_signal_to_one_rank_stops_and_saves_both(two):
+    assert [rank["signalled"]["reason"] for rank in two["ranks"]] == ["signal", "signal"]
+    assert [rank["signalled"]["step"] for rank in two["ranks"]] == [7, 7]
+    assert latest(two["out"] / "signalled/run/checkpoint").step == 7
+
+
+def test_ranks_agree_why_they_stop(two):
+    """Or one of them would report a signal that never came, and its launcher would call the run failed."""
+    assert [rank["late"]["reason"] for rank in two["ranks"]] == ["time", "time"]
+    assert two["ranks"][0]["late"]["step"] == two["ranks"][1]["late"]["step"]
+
+
+def test_two_processes_with_dropout_resume_bit_by_bit(two):
+    for rank in two["ranks"]:
+        assert rank["dropout, cut"]["losses"] == rank["dropout"]["losses"][5:]
+    ours, theirs = saved(two["out"] / "dropout-whole/run")[0], saved(two["out"] / "dropout-cut/run")[0]
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
+def test_means_and_maxima_go_over_all_processes(two):
+    assert [rank["mean"] for rank in two["ranks"]] == [[1.5, 15.0]] * 2
+    assert [rank["largest"] for rank in two["ranks"]] == [6, 6]
+    alone = World()
+    assert alone.first and alone.max(3) == 3 and alone.mean(torch.tensor(2.0)) == 2
+    alone.barrier()
+
+
+def test_one_process_joins_no_group(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with world("cpu") as here:
+        assert (here.rank, here.size, here.device.type) == (0, 1, "cpu")
+        assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "cpu:x"])
+def test_a_device_that_is_not_there_is_one_message(name):
+    with pytest.raises(UserError, match="no device"):
+        pick_device(name)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_command_line(tmp_path):
+    """The way a user does it; then once more with one process, which finds it finished."""
+    words = ["-m", "nanodiffusion", "train", "swissroll", f"out={tmp_path}", "steps=20", "device=cpu", "batch_size=64"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for launcher in (torchrun, [sys.executable]):
+        done = subprocess.run([*launcher, *words], capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert latest(tmp_path / "swissroll/checkpoint").step == 20
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    try:
+        work(Path(sys.argv[1]))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # the other one must not wait for us
