@@ -32,7 +32,7 @@ test: .venv/dev  ## the default test suite: offline, CPU
 check: .venv/dev  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q
 
 slow: .venv/dev  ## the tests that take minutes

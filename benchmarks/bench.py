@@ -51,8 +51,8 @@ def solvers() -> dict[str, Bench]:
     from benchmarks.peers import SCHEDULERS
     from nanodiffusion.sampler import STEPS
 
-    sides = lambda name: {"ours": f"ours sampler-{name}"} | (  # noqa: E731
-        {"diffusers": f"peers sampler-{name}"} if name in SCHEDULERS else {}
+    sides = lambda name: (
+        {"ours": f"ours sampler-{name}"} | ({"diffusers": f"peers sampler-{name}"} if name in SCHEDULERS else {})
     )
     note = "seconds per call of the denoiser, which does nothing, on (4, 4, 8, 8)"
     return {f"sampler-{name}": Bench(sides(name), "s", "diffusers", True, False, note) for name in STEPS}
@@ -60,7 +60,7 @@ def solvers() -> dict[str, Bench]:
 
 def benches() -> dict[str, Bench]:
     """All benchmarks of running work; `COLD` holds those of fresh processes."""
-    roll = lambda case: {  # noqa: E731
+    roll = lambda case: {
         "ours": f"ours {case}",
         "ours compat": f"ours {case}-compat",
         "smalldiffusion": f"peers {case}",
@@ -156,12 +156,19 @@ def compare(bench: Bench, windows: dict[str, list[dict[str, float]]]) -> dict[st
     """A result: both sides and the ratios of the peer's time to ours, above 1 where ours is faster."""
     noisy = any(len(clean(w)) < CLEAN for w in windows.values())
     sides = {side: summary(w, noisy) for side, w in windows.items()}
-    by = lambda key: {  # noqa: E731
+    by = lambda key: {
         side: round(sides[bench.peer][key] / s[key], 3) for side, s in sides.items() if side != bench.peer
     }
     ratios = {} if bench.peer not in sides else {"wall": by("seconds"), "cpu": by("cpu_seconds")}
     ratios |= {"least_cpu": by("least_cpu_seconds")} if ratios else {}
-    return {"unit": bench.unit, "note": bench.note, "noisy": noisy, "peer": bench.peer, "sides": sides, "ratios": ratios}
+    return {
+        "unit": bench.unit,
+        "note": bench.note,
+        "noisy": noisy,
+        "peer": bench.peer,
+        "sides": sides,
+        "ratios": ratios,
+    }
 
 
 # -- fresh processes -----------------------------------------------------------------------------------------------------
@@ -213,7 +220,9 @@ def once(command: list[str], environment: dict[str, str]) -> dict[str, float]:
         "print(json.dumps({'wall':time.perf_counter()-t,'cpu':u.ru_utime+u.ru_stime,'peak_mb':u.ru_maxrss/1024,'rc':r}))"
     )
     before = busy()
-    answer = json.loads(subprocess.check_output([sys.executable, "-c", code, sys.executable, *command], env=environment))
+    answer = json.loads(
+        subprocess.check_output([sys.executable, "-c", code, sys.executable, *command], env=environment)
+    )
     if answer.pop("rc"):
         raise SystemExit(f"this command failed: python {' '.join(command)}")
     return {**answer, "others": max(0.0, busy() - before - answer["cpu"]) / answer["wall"]}
@@ -256,7 +265,11 @@ def show(name: str, result: dict[str, Any]) -> None:
     """A result in a few lines."""
     print(f"{name}{'  (noisy: not enough quiet windows)' * result['noisy']}")
     for side, s in result["sides"].items():
-        rate = f"{s['seconds'] * 1e6:10.1f} us" if result["unit"] == "s" else f"{1 / s['seconds']:10.1f} {result['unit']}/s"
+        rate = (
+            f"{s['seconds'] * 1e6:10.1f} us"
+            if result["unit"] == "s"
+            else f"{1 / s['seconds']:10.1f} {result['unit']}/s"
+        )
         ratios = " ".join(f"{kind} {r[side]:.2f}x" for kind, r in result["ratios"].items() if side in r)
         print(f"  {side:24} {rate}  peak {s['peak_mb']:5.0f} MB  {ratios}")
 

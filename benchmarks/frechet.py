@@ -1,6 +1,6 @@
 """Fréchet distance on the features of a small Fashion-MNIST classifier, trained here and stored with its hash.
 
-    python -m benchmarks.frechet        trains it again (two minutes) and prints accuracy and SHA-256
+python -m benchmarks.frechet        trains it again (two minutes) and prints accuracy and SHA-256
 """
 
 import hashlib

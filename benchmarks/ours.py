@@ -37,7 +37,7 @@ def roll(points: int) -> TensorData:
     return swiss_roll(points, math.pi / 2, 5 * math.pi)
 
 
-def trainer(net: torch.nn.Module, data: TensorData, batch: int, device: str, precision: str = "fp32", **options: Any):  # noqa: ANN201
+def trainer(net: torch.nn.Module, data: TensorData, batch: int, device: str, precision: str = "fp32", **options: Any):
     """The library's training loop on a net, one level of 200 per sample."""
     denoiser = Denoiser(net, precision=PRECISIONS[precision])
     config = TrainConfig(steps=10**9, batch_size=batch, **options)

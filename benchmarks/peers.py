@@ -109,4 +109,3 @@ CASES: dict[str, Callable[[str], Case]] = {
     "dit-bf16": partial(fashion, net="dit", batch=64, bf16=True),
     **{f"sampler-{key}": partial(scheduler, **options) for key, options in SCHEDULERS.items()},
 }
-

@@ -42,14 +42,16 @@ def train_ours(minutes: float, unconditional: bool, overrides: list[str]) -> tup
 
 def train_peer(minutes: float, batch: int) -> tuple[dict[str, Tensor], int]:
     """examples/fashion_mnist_unet.py: Scaled U-Net, lr 7e-4, log-linear .01-20, EMA .999; 20 steps with gam 1.6."""
-    from tests.reference import smalldiffusion
     from nanodiffusion.data import fashion_mnist
     from nanodiffusion.ema import EMA, ramped
+    from tests.reference import smalldiffusion
 
     sd = smalldiffusion()
     torch.manual_seed(0)
     x, _ = fashion_mnist(split="train").batch(torch.arange(60000))
-    flips = sd.MappedDataset(torch.utils.data.TensorDataset(x), lambda row: row[0] if torch.rand(()) < 0.5 else row[0].flip(-1))
+    flips = sd.MappedDataset(
+        torch.utils.data.TensorDataset(x), lambda row: row[0] if torch.rand(()) < 0.5 else row[0].flip(-1)
+    )
     loader = torch.utils.data.DataLoader(flips, batch_size=batch, shuffle=True)
     schedule = sd.ScheduleLogLinear(sigma_min=0.01, sigma_max=20, N=800)
     model = sd.Scaled(sd.Unet)(28, 1, 1, ch=64, ch_mult=(1, 1, 2), attn_resolutions=(14,))
@@ -63,7 +65,7 @@ def train_peer(minutes: float, batch: int) -> tuple[dict[str, Tensor], int]:
 
     def pictures() -> Tensor:
         torch.manual_seed(0)
-        draw = lambda: list(sd.samples(model, schedule.sample_sigmas(20), gam=1.6, batchsize=250))[-1]  # noqa: E731
+        draw = lambda: list(sd.samples(model, schedule.sample_sigmas(20), gam=1.6, batchsize=250))[-1]
         return torch.cat([draw() for _ in range(8)])
 
     raw = pictures()

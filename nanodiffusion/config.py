@@ -6,6 +6,7 @@ A component is a mapping {"name": row of a table, **options}; names come from ex
 import dataclasses
 import inspect
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -93,24 +94,27 @@ RESUMABLE = frozenset(
 )
 
 
+_ACCEPTED: dict[Any, Any] = {float: (int, float), str: (str, os.PathLike), dict: Mapping, type(None): type(None)}
+
+
 def _fits(value: Any, want: Any) -> bool:
-    origin = typing.get_origin(want)
+    """Whether a value fits an annotation: an int is a float too, a bool is no number, any sequence is a tuple."""
+    origin, inner = typing.get_origin(want), typing.get_args(want)
     if want is Any or want is inspect.Parameter.empty:
         return True
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in typing.get_args(want))
-    if want is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if want is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if want is type(None):
-        return value is None
-    if origin in (list, tuple) or want in (list, tuple):
-        inner = [a for a in typing.get_args(want) if a is not Ellipsis]
-        return isinstance(value, (list, tuple)) and (len(set(inner)) != 1 or all(_fits(v, inner[0]) for v in value))
-    if origin is dict:
-        return isinstance(value, Mapping)
-    return isinstance(value, want) if isinstance(want, type) else True
+        return any(_fits(value, a) for a in inner)
+    kind = origin or want
+    if kind in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            return False
+        if kind is tuple and inner and inner[-1] is not Ellipsis:
+            return len(value) == len(inner) and all(map(_fits, value, inner))
+        return not inner or all(_fits(v, inner[0]) for v in value)
+    accepted = _ACCEPTED.get(kind, kind)
+    return not isinstance(accepted, (type, tuple)) or (
+        isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
+    )
 
 
 def check_options(options: Mapping[str, Any], types_of: Mapping[str, Any], key: str) -> None:
@@ -120,7 +124,7 @@ def check_options(options: Mapping[str, Any], types_of: Mapping[str, Any], key: 
             fix = nearest(k, types_of) if types_of else "leave it out: this one has no options"
             raise UserError(f"unknown key {key}.{k}".replace(" .", " "), fix=fix)
         if not _fits(v, types_of[k]):
-            want = getattr(types_of[k], "__name__", types_of[k])
+            want = types_of[k] if typing.get_args(types_of[k]) else getattr(types_of[k], "__name__", types_of[k])
             raise UserError(
                 "wrong type", key=f"{key}.{k}".lstrip("."), expected=want, found=f"{v!r} ({type(v).__name__})"
             )
@@ -147,16 +151,16 @@ def make(table: Mapping[str, Any], spec: Component, key: str, **given: Any) -> C
     if row is None:
         check_options(options, {}, key)
         return None
-    known = option_types(row)
-    check_options(options, {k: v for k, v in known.items() if k not in CALL_ARGUMENTS}, key)
+    known, required = option_types(row), _required(row)
+    check_options(options, {k: v for k, v in known.items() if k not in CALL_ARGUMENTS & required | {"split"}}, key)
     bound = {k: v for k, v in given.items() if k in known} | options
-    for k in _required(row) - bound.keys() - CALL_ARGUMENTS:
+    for k in required - bound.keys() - CALL_ARGUMENTS:
         raise UserError(f"{spec['name']} needs {k!r}", key=f"{key}.{k}", fix=f"{key}.{k}=...")
     return partial(row, **bound)
 
 
-# Parameters that the program fills in when it calls a row; never options of a recipe.
-CALL_ARGUMENTS = frozenset("D x s s_next memory noise schedule steps step sigma c_out params split".split())
+# Parameters without a default that the program fills in when it calls a row; never options of a recipe.
+CALL_ARGUMENTS = frozenset("D x s s_next memory noise schedule steps step sigma c_out params".split())
 
 
 def _signature(row: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -1,4 +1,4 @@
-"""Several processes as torchrun starts them (RANK, WORLD_SIZE, LOCAL_RANK): NCCL on GPUs, gloo on CPUs. One process needs none of it."""
+"""Several processes as torchrun starts them: NCCL on GPUs, gloo on CPUs. One process needs none of it."""
 
 import os
 from collections.abc import Iterator

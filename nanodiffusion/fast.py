@@ -125,7 +125,7 @@ class _GroupNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         b, n, c = x.shape
         size, wide = n * c // groups, x.float()
-        of_groups = lambda per_channel: per_channel.view(b, groups, -1).sum(2, keepdim=True) / size  # noqa: E731
+        of_groups = lambda per_channel: per_channel.view(b, groups, -1).sum(2, keepdim=True) / size
         mean = of_groups(wide.sum(1))
         rstd = (of_groups((wide * wide).sum(1)) - mean * mean + eps).rsqrt()  # (b groups 1)
         scale = rstd * weight.float().view(groups, -1)
@@ -143,7 +143,7 @@ class _GroupNorm(torch.autograd.Function):
         d = grad.sum(1).view(b, groups, -1)  # sum of grad per channel
         dz = ((grad * wide).sum(1).view(b, groups, -1) - mean * d) * rstd  # of grad z
         g, gz = (d * w).sum(2, keepdim=True) / size, (dz * w).sum(2, keepdim=True) / size
-        per_channel = lambda t: t.expand(b, groups, c // groups).reshape(b, 1, c)  # noqa: E731
+        per_channel = lambda t: t.expand(b, groups, c // groups).reshape(b, 1, c)
         dx = torch.addcmul(per_channel(rstd * (mean * rstd * gz - g)), wide, per_channel(-rstd * rstd * gz))
         dx = dx.addcmul_(grad, per_channel(rstd * w)).to(x.dtype)
         return dx, dz.sum(0).view(c).to(weight.dtype), d.sum(0).view(c).to(weight.dtype), None, None

@@ -115,7 +115,7 @@ def gamma_cosine(
     n: int = 1000, start: float = 0.2, end: float = 1.0, tau: float = 2.0, input_scale: float = 1.0
 ) -> Schedule:
     """gamma from cos(u pi/2)^(2 tau), u from start to end, rescaled to fall from 1 to 0 (Chen 2023, algorithm 1)."""
-    f = lambda u: torch.cos(u * math.pi / 2) ** (2 * tau)  # noqa: E731
+    f = lambda u: torch.cos(u * math.pi / 2) ** (2 * tau)
     return from_gamma(lambda t: _ramp(f, t, start, end), n, input_scale)
 
 

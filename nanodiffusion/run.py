@@ -446,7 +446,7 @@ class Runner:
         """n samples (n *shape) at seeds first, first + 1, ..., classes in turn; of the average `weights`, None = raw."""
         net = self.trainer.denoiser.net
         labels = cycled(n, len(self.data.classes)) if self.trainer.null_label is not None else None
-        states = lambda: generate(  # noqa: E731
+        states = lambda: generate(
             self.trainer.denoiser, self.data.shape, self.schedule, self.config.sample, range(first, first + n), labels
         )
         if weights is None or not self.trainer.emas:

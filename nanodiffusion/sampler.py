@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +34,8 @@ class State(NamedTuple):
 
 def denoise(D: D, x: Tensor, s: float) -> Tensor:
     """D at one level for the whole batch, in x's dtype."""
-    return D(x, torch.full((len(x),), s, dtype=torch.float64)).to(x.dtype)
+    x0 = D(x, torch.full((len(x),), s, dtype=torch.float64))
+    return x0 if x0.dtype == x.dtype else x0.to(x.dtype)
 
 
 def _toward(x0: Tensor, x: Tensor, ratio: float) -> Tensor:
@@ -45,11 +45,10 @@ def _toward(x0: Tensor, x: Tensor, ratio: float) -> Tensor:
 
 def _mean(x0: Tensor, *others: tuple[Tensor, float]) -> Tensor:
     """x0 + sum of w (other - x0) over (other, w): D, extrapolated from its values at other levels."""
-    if len(others) == 1:
-        return torch.lerp(x0, *others[0])
-    out = x0 * (1 - sum(w for _, w in others))
-    for other, w in others:
-        out.add_(other, alpha=w)
+    (first, w), *rest = others
+    out = torch.lerp(x0, first, w)
+    for other, w in rest:
+        out.add_(other, alpha=w).add_(x0, alpha=-w)
     return out
 
 
@@ -76,7 +75,7 @@ def ancestral(
 def gradient_estimation(
     D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise, gam: float = 2.0, mu: float = 0.0
 ) -> tuple[Tensor, Tensor, Any]:
-    """eps extrapolated from the last two steps, down to s_p with s_next = s^mu s_p^(1-mu), noise up (Permenter & Yuan 2024).
+    """eps extrapolated from two steps, down to s_p with s_next = s^mu s_p^(1-mu), noise up (Permenter & Yuan 2024).
 
     (gam, mu) = (1, 0) is DDIM, (1, 1/2) DDPM on a fine ladder, (2, 0) the accelerated sampler.
     """
@@ -120,12 +119,12 @@ def heun(
 
 
 def rk4(D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise) -> tuple[Tensor, Tensor, Any]:
-    """The classical fourth-order Runge-Kutta step with its midpoint in sigma; Euler to 0, where the slope is singular."""
+    """The classical fourth-order Runge-Kutta step, midpoint in sigma; Euler to 0, where the slope is singular."""
     x0 = denoise(D, x, s)
     if s_next == 0:
         return x0, x0, memory
     h, mid = s_next - s, (s + s_next) / 2
-    slope = lambda x, s: (x - denoise(D, x, s)).div_(s)  # noqa: E731
+    slope = lambda x, s: (x - denoise(D, x, s)).div_(s)
     k1 = (x - x0).div_(s)
     k2 = slope(x.add(k1, alpha=h / 2), mid)
     k3 = slope(x.add(k2, alpha=h / 2), mid)
@@ -155,7 +154,7 @@ def _adams_weights(nodes: tuple[float, ...], s_next: float) -> tuple[float, ...]
 def lms(
     D: D, x: Tensor, s: float, s_next: float, memory: Any, noise: Noise, order: int = 4
 ) -> tuple[Tensor, Tensor, Any]:
-    """Linear multistep: the integral of the polynomial through the last `order` slopes (Adams-Bashforth, uneven steps)."""
+    """Linear multistep: the integral of the polynomial through `order` slopes (Adams-Bashforth, uneven steps)."""
     x0 = denoise(D, x, s)
     history = [((x - x0).div_(s), s), *(memory or [])][:order]
     x = _toward(x0, x, s_next / s)  # the weights sum to s_next - s: Euler, then what the older slopes change
@@ -234,9 +233,9 @@ def dpmpp_3m_sde(
 
 @lru_cache(maxsize=4096)
 def _unipc_weights(levels: tuple[float, ...], s_next: float) -> tuple[float, ...]:
-    """How much each older D counts beside that of levels[0] on the way to s_next, which is the last level when correcting.
+    """How much each other D counts beside that of levels[0] on the way to s_next, the last level when correcting.
 
-    rho / r with rho solving sum_k rho_k r_k^(i-1) = B(h)^-1 i! phi_{i+1}(-h), B(h) = e^-h - 1 in data prediction ("bh2").
+    rho / r with sum_k rho_k r_k^(i-1) = B(h)^-1 i! phi_{i+1}(-h) and B(h) = e^-h - 1, data prediction with "bh2".
     """
     h = math.log(levels[0] / s_next)
     ratios = [math.log(levels[0] / s) / h for s in levels[1:]]
@@ -296,7 +295,7 @@ STEPS: dict[str, Step] = {
 
 
 class ImageNoise:
-    """Unit noise with one seed per image, drawn on the CPU in fp32: image i is the same alone, in a batch and on any device."""
+    """Unit noise, one seed per image, drawn in fp32 on the CPU: image i is the same alone, in a batch, anywhere."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(int(s)) for s in seeds]

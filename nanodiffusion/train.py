@@ -218,7 +218,7 @@ class Trainer:
     def draw(self) -> list[Draw]:
         """This process's micro-batches of update `self.step`, each a slice of one draw for the global batch."""
         b, g = self.config.batch_size, self.generator.manual_seed(mix(self.config.seed, self.step))
-        uniform = lambda *shape: torch.rand(*shape, generator=g, device=g.device)  # noqa: E731
+        uniform = lambda *shape: torch.rand(*shape, generator=g, device=g.device)
         whole = Draw(
             index=order(len(self.data), b, self.config.seed, self.step).to(g.device),
             sigma=self.density(b, g),
@@ -309,9 +309,7 @@ class Trainer:
         self.step, self.bad_steps = small["step"], small["bad_steps"]
 
 
-def fit(
-    denoiser: Denoiser, data: Data, density: Density, world: World | None = None, **options: Any
-) -> Iterator[Step]:
+def fit(denoiser: Denoiser, data: Data, density: Density, world: World | None = None, **options: Any) -> Iterator[Step]:
     """Fit a denoiser and yield after every update: `for step in fit(D, data, density, steps=1000, lr=1e-3)`.
 
     options: the fields of TrainConfig.

@@ -774,11 +774,3 @@ def test_a_zip_bomb_is_refused_by_the_size_it_states(tmp_path):
 def test_wrong_names_and_options_are_explained(call, says):
     with pytest.raises(UserError, match=says):
         call()
-
-
-def test_every_data_set_has_options_with_types_and_defaults():
-    for name, (options, _) in nd.DATASETS.items():
-        assert options.__dataclass_params__.frozen, name
-        assert "split" not in {f.name for f in options.__dataclass_fields__.values()}
-    assert nd.DATASETS["swiss-roll"][0]().n == 1000
-    assert load_data("swiss-roll", scale=2, center=[0, 1]).shape == (2,)

@@ -116,7 +116,7 @@ def test_zeros_replace_every_tensor_of_a_nested_conditioning():
 
 
 def test_cfg_batches_nested_conditioning():
-    D = lambda x, s, cond: x * cond["hints"][0][:, None, None] + cond["label"][:, None, None]  # noqa: E731
+    D = lambda x, s, cond: x * cond["hints"][0][:, None, None] + cond["label"][:, None, None]
     cond = {"label": torch.arange(4), "hints": (normal(0, 4),)}
     uncond = guidance.null_labels(cond, 9)
     want = D(X, SIGMA, uncond) + 3 * (D(X, SIGMA, cond) - D(X, SIGMA, uncond))
@@ -156,7 +156,7 @@ def test_loss_guidance_leaves_no_graph_and_no_gradients(denoiser, through_net):
 
 def test_loss_guidance_differentiates_the_network_only_when_asked():
     seen = []
-    D = lambda x, s: (seen.append(torch.is_grad_enabled()), gaussian(x, s))[1]  # noqa: E731
+    D = lambda x, s: (seen.append(torch.is_grad_enabled()), gaussian(x, s))[1]
     for through_net in (False, True):
         guidance.loss_guidance(D, quadratic, through_net=through_net)(X, SIGMA)
     assert seen == [False, True]
@@ -181,7 +181,7 @@ def test_loss_guidance_works_inside_the_sampler(step, through_net):
 
 def test_guidance_samples_the_tilted_gaussian():
     """With D_c, D_u of N(+-1, 1) equal widths, scale w gives exactly the law N(2w - 1, 1)."""
-    D = lambda x, s, cond: (x + s.to(x)[:, None] ** 2 * cond["mean"][:, None]) / (1 + s.to(x)[:, None] ** 2)  # noqa: E731
+    D = lambda x, s, cond: (x + s.to(x)[:, None] ** 2 * cond["mean"][:, None]) / (1 + s.to(x)[:, None] ** 2)
     n, w, one = 6, 3.0, torch.ones(6, dtype=F64)
     x = 10 * normal(3, n, 2)
     guided = guidance.cfg(D, {"mean": one}, {"mean": -one}, w)

@@ -331,7 +331,7 @@ def test_dit_tokens_of_a_wide_picture_know_their_row_and_column():
 
 def test_parameter_counts():
     s = smalldiffusion()
-    count = lambda net: sum(p.numel() for p in net.parameters() if p.requires_grad)  # noqa: E731
+    count = lambda net: sum(p.numel() for p in net.parameters() if p.requires_grad)
     assert net_size(build_net("mlp", hidden=[16, 128, 128, 128, 128, 16])) == 53_890
     dit = {"in_size": 28, "channels_in": 1, "dim": 384, "depth": 3, "heads": 6}
     theirs = s.DiT(in_dim=28, channels=1, patch_size=2, depth=3, head_dim=64, num_heads=6)
@@ -370,7 +370,7 @@ def test_flops_of_mlp_and_dit_are_those_counted_by_hand():
 
 def test_flops_of_unet_are_those_counted_by_hand():
     net = build_net("unet", in_size=8, channels=32, multipliers=[1], blocks=1, attention=[])
-    res = lambda a: conv(8, a, 32) + conv(8, 32, 32) + linear(1, 128, 32) + (a > 32) * conv(8, a, 32, 1)  # noqa: E731
+    res = lambda a: conv(8, a, 32) + conv(8, 32, 32) + linear(1, 128, 32) + (a > 32) * conv(8, a, 32, 1)
     ends = conv(8, 1, 32) + conv(8, 32, 1) + linear(1, 256, 128) + linear(1, 128, 128)
     assert net_flops(net) == ends + 3 * res(32) + 2 * res(64) + attention(64, 32)
 

@@ -67,9 +67,9 @@ def gamma_by_formula(name, t):
         return 1 - t
     start, end, tau = (0.2, 1.0, 2.0) if name == "gamma_cosine" else (0.0, 3.0, 0.7)
     if name == "gamma_cosine":
-        f = lambda t: np.cos((t * (end - start) + start) * np.pi / 2) ** (2 * tau)  # noqa: E731
+        f = lambda t: np.cos((t * (end - start) + start) * np.pi / 2) ** (2 * tau)
     else:
-        f = lambda t: 1 / (1 + np.exp(-(t * (end - start) + start) / tau))  # noqa: E731
+        f = lambda t: 1 / (1 + np.exp(-(t * (end - start) + start) / tau))
     return (f(1.0) - f(t)) / (f(1.0) - f(0.0))
 
 

@@ -250,7 +250,13 @@ def test_a_run_that_stays_non_finite_stops_and_dumps_its_batch(tmp_path, monkeyp
 
 
 def test_validation_rows_equal_a_loss_computed_by_hand(tmp_path):
-    options = {**POINTS, "steps": 10, "validate_every": 10, "validation": 0.25, "ema": [{"name": "constant", "decay": 0.8}]}
+    options = {
+        **POINTS,
+        "steps": 10,
+        "validate_every": 10,
+        "validation": 0.25,
+        "ema": [{"name": "constant", "decay": 0.8}],
+    }
     runner = make_runner(tmp_path, options)
     held_out = runner.validator
     runner.run()
@@ -323,7 +329,13 @@ def test_validation_and_pictures_leave_the_raw_weights_bit_identical(tmp_path):
 
 
 def test_grids_at_fixed_noise_are_the_same_drawn_twice_and_show_the_average(tmp_path):
-    options = {**IMAGES, "data": images(tmp_path), "steps": 6, "sample_every": 3, "ema": [{"name": "constant", "decay": 0.5}]}
+    options = {
+        **IMAGES,
+        "data": images(tmp_path),
+        "steps": 6,
+        "sample_every": 3,
+        "ema": [{"name": "constant", "decay": 0.5}],
+    }
     runner = make_runner(tmp_path / "a", options)
     runner.run()
     make_runner(tmp_path / "b", options).run()
@@ -352,7 +364,9 @@ def test_rows_hold_the_mean_loss_since_the_row_before(tmp_path):
     losses = torch.stack([s.loss for s in seen])
     found = rows(tmp_path / "run")
     assert [r["step"] for r in found] == [4, 8, 10]
-    assert [r["loss"] for r in found] == pytest.approx([losses[a:b].mean().item() for a, b in ((0, 4), (4, 8), (8, 10))])
+    assert [r["loss"] for r in found] == pytest.approx(
+        [losses[a:b].mean().item() for a, b in ((0, 4), (4, 8), (8, 10))]
+    )
     assert [r["grad_norm"] for r in found] == [seen[k].grad_norm.item() for k in (3, 7, 9)]
 
 

@@ -107,7 +107,7 @@ ORDERS = {  # name: (step, theory, steps)
 @pytest.mark.parametrize("name", ORDERS)
 def test_sampler_converges_at_its_order(name):
     step, theory, steps = ORDERS[name]
-    run = lambda k: states(mixture, X_HIGH, smooth(k), step)[-1]  # noqa: E731
+    run = lambda k: states(mixture, X_HIGH, smooth(k), step)[-1]
     assert observed_order(run, steps) == pytest.approx(theory, abs=0.1)
 
 
@@ -139,7 +139,7 @@ def test_multistep_sampler_converges_at_its_order_after_an_exact_start(name):
 
 
 def test_unipc_of_order_three_converges_at_least_at_order_three():
-    run = lambda k: states(mixture, X_HIGH, smooth(k), partial(sampler.unipc, order=3))[-1]  # noqa: E731
+    run = lambda k: states(mixture, X_HIGH, smooth(k), partial(sampler.unipc, order=3))[-1]
     assert observed_order(run, 128) > 2.9
 
 
@@ -267,7 +267,7 @@ def test_gradient_estimation_equals_smalldiffusion(gam, mu):
         xt, cpu = sigmas[0] * normal(2, 6, 2), SimpleNamespace(device="cpu")
         want = torch.stack(list(smalldiffusion().samples(model, sigmas, gam, mu, xt=xt, accelerator=cpu)))
         step = partial(sampler.gradient_estimation, gam=gam, mu=mu)
-        D = lambda x, s: x - s[:, None] * model(x, s[:, None])  # noqa: E731
+        D = lambda x, s: x - s[:, None] * model(x, s[:, None])
         assert_close(states(D, xt, sigmas, step, seeded(1)), want, rtol=1e-10, atol=1e-10)
 
 
@@ -299,13 +299,13 @@ def test_dpmpp_3m_sde_integrates_the_extrapolated_d():
     """D = f(-ln sigma) of degree 2: the mean is the exact integral, the curvature halved as published."""
     c0, c1, c2, eta = 0.3, -0.8, 0.5, 1.0
     levels = [3.0, 2.0, 1.1, 0.7]
-    f = lambda u: c0 + c1 * u + c2 * u**2  # noqa: E731  u = ln(1.1 / sigma), 0 at the current level
-    D = lambda x, s: f((1.1 / s).log()).to(x).reshape(-1, 1).expand_as(x)  # noqa: E731
+    f = lambda u: c0 + c1 * u + c2 * u**2
+    D = lambda x, s: f((1.1 / s).log()).to(x).reshape(-1, 1).expand_as(x)
     step, silent = partial(sampler.dpmpp_3m_sde, eta=eta), torch.zeros_like
     x = torch.tensor([[2.0]], dtype=F64)
     before, after = states(D, x, torch.tensor(levels, dtype=F64), step, silent)[-2:]
     h = math.log(1.1 / 0.7)
-    kernel = lambda u: (1 + eta) * math.exp(-(1 + eta) * (h - u)) * (c0 + c1 * u + c2 / 2 * u**2)  # noqa: E731
+    kernel = lambda u: (1 + eta) * math.exp(-(1 + eta) * (h - u)) * (c0 + c1 * u + c2 / 2 * u**2)
     assert_close(after, math.exp(-(1 + eta) * h) * before + quad(kernel, 0, h)[0], rtol=1e-10, atol=1e-10)
 
 
@@ -368,7 +368,7 @@ def test_a_thousand_steps_give_the_exact_flow_of_a_gaussian(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_state_is_fp32_or_fp64_whatever_d_gives(step, dtype):
     x = 10 * normal(0, 4, 3).to(dtype)
-    D = lambda x, s: gaussian(x, s).to(torch.bfloat16)  # noqa: E731
+    D = lambda x, s: gaussian(x, s).to(torch.bfloat16)
     want = torch.float64 if dtype == torch.float64 else torch.float32
     for state in sample(D, x, noise.karras(noise.ldm(), 4), step):
         assert state.x.dtype == state.x0.dtype == want
@@ -391,7 +391,7 @@ EVALUATIONS = {"heun": 2, "heun_churn": 2, "rk4": 4}
 @pytest.mark.parametrize("name", ALL)
 def test_evaluations_per_step(name):
     asked = []
-    D = lambda x, s: (asked.append(float(s[0])), gaussian(x, s))[1]  # noqa: E731
+    D = lambda x, s: (asked.append(float(s[0])), gaussian(x, s))[1]
     states(D, normal(0, 2, 3), noise.karras(noise.ldm(), 6), ALL[name])
     assert len(asked) == 5 * EVALUATIONS.get(name, 1) + 1
 

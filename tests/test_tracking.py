@@ -33,7 +33,13 @@ def test_metrics_are_whole_lines_at_once(tmp_path):
 def test_metrics_stay_json_whatever_the_numbers(tmp_path):
     metrics = Metrics(tmp_path / "m.jsonl", 0)
     metrics({"step": 1, "loss": math.nan, "a": math.inf, "b": [1.0, -math.inf], "c": "text"})
-    assert strict((tmp_path / "m.jsonl").read_text()) == {"step": 1, "loss": None, "a": None, "b": [1.0, None], "c": "text"}
+    assert strict((tmp_path / "m.jsonl").read_text()) == {
+        "step": 1,
+        "loss": None,
+        "a": None,
+        "b": [1.0, None],
+        "c": "text",
+    }
 
 
 def test_metrics_beyond_the_step_and_broken_lines_are_dropped(tmp_path):

@@ -228,15 +228,14 @@ def test_any_torch_scheduler_by_name_is_torchs_own(name):
 
 
 PAIRS = [({"name": n}, {"name": "cosine"}) for n in sorted(OPTIMIZERS)] + [
-    ({"name": "SGD", "momentum": 0.5}, {"name": n, **TORCH_OPTIONS.get(n, {})})
-    for n in sorted(LR_SCHEDULES)
+    ({"name": "SGD", "momentum": 0.5}, {"name": n, **TORCH_OPTIONS.get(n, {})}) for n in sorted(LR_SCHEDULES)
 ]
 
 
 @pytest.mark.parametrize(("optimizer", "schedule"), PAIRS, ids=lambda spec: spec["name"])
 def test_a_restored_state_continues_bit_by_bit(optimizer, schedule):
     """Through JSON and tensors, as a checkpoint stores it, for every optimiser and every schedule."""
-    make = lambda: make_trainer(optimizer=optimizer, lr_schedule=schedule)  # noqa: E731
+    make = lambda: make_trainer(optimizer=optimizer, lr_schedule=schedule)
     whole, first, second = make(), make(), make()
     expected = [(step.loss.item(), step.lr) for step in whole]
     list(islice(first, 4))
@@ -285,7 +284,7 @@ def test_an_epoch_visits_every_sample_once():
 
 def test_seeds_mix_without_collisions():
     seeds = {mix(a, b, c) for a in range(40) for b in range(40) for c in range(10)}
-    assert len(seeds) == 16000 and 0 <= min(seeds) and max(seeds) < 2**63
+    assert len(seeds) == 16000 and min(seeds) >= 0 and max(seeds) < 2**63
 
 
 def test_accumulation_equals_one_batch():

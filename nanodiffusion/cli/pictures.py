@@ -72,7 +72,7 @@ def points(run: Run) -> Tensor:
 def unconditional(run: Run) -> Bound:
     """The run's denoiser as a function of x and sigma alone, of no class where it knows classes."""
     null = getattr(run.denoiser.net, "null_label", None)
-    label = lambda x: {} if null is None else {"label": torch.full((len(x),), null, device=x.device)}  # noqa: E731
+    label = lambda x: {} if null is None else {"label": torch.full((len(x),), null, device=x.device)}
     return lambda x, sigma: run.denoiser(x, sigma, label(x))
 
 

@@ -130,7 +130,7 @@ def expand(overrides: Sequence[Any], multirun: bool) -> list[tuple[list[Any], st
         fix = "-m for a sweep, [a,b] for a list, or quotes around a text with a comma"
         raise UserError("several values for one key", key=swept[0].key_or_group, found=swept[0].input_line, fix=fix)
     product = itertools.product(*map(_choices, overrides))
-    told = lambda o: o not in overrides and o.key_or_group not in ("name", "out")  # noqa: E731
+    told = lambda o: o not in overrides and o.key_or_group not in ("name", "out")
     return [(list(chosen), ",".join(o.input_line for o in chosen if told(o))) for chosen in product]
 
 

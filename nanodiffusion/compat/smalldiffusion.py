@@ -343,7 +343,7 @@ class ModelMixin:
             raise UserError("guidance needs a null class", key="cond_embed", fix="a cond_embed with null_cond")
         # eps is affine in D at one level, so the core's guidance serves it as it is; the level asked for plays no part.
         twice = sigma if sigma.ndim == 0 else torch.cat([sigma, sigma])
-        predict = lambda x, _, c: self.predict_eps(x, twice, cond=c["label"])  # noqa: E731
+        predict = lambda x, _, c: self.predict_eps(x, twice, cond=c["label"])
         c = {"label": cond}
         return cfg(predict, c, null_labels(c, null), 1 + cfg_scale)(x, torch.ones(len(x)))
 
