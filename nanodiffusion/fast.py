@@ -36,12 +36,23 @@ class Tuning(NamedTuple):
 
 
 def tune_cpu() -> Tuning:
-    """Set this process, and all of it, up for speed on a CPU; returns what was done. Call it before the first large tensor.
+    """Set this whole process up for speed on a CPU; returns what was done. Call it before the first large tensor.
 
-    fp32 products stay fp32: "medium" lets oneDNN do them (twice MKL's speed on an AMD part), and is taken only where it
-    was found not to mean bf16, as it does with AMX. On systems without glibc the allocator is left alone.
+    fp32 products stay fp32: "medium" lets oneDNN do them (twice MKL's speed on an AMD part, at twice its rounding error),
+    and is taken only where it does not mean bf16, as it may with AMX. Without glibc the allocator is left alone.
     """
     return Tuning(keep_freed_memory(), *choose_matmul())
+
+
+def tune(device: torch.device, matmul: str = "auto") -> None:
+    """Set the process up for a device, as the command line does: `tune_cpu` there, TF32 products on a GPU.
+
+    matmul: a name torch.set_float32_matmul_precision takes overrides that choice.
+    """
+    if device.type == "cpu":
+        tune_cpu()
+    if matmul != "auto" or device.type != "cpu":
+        torch.set_float32_matmul_precision("high" if matmul == "auto" else matmul)
 
 
 def keep_freed_memory() -> bool:
@@ -77,8 +88,8 @@ def product_error(n: int = 256) -> float:
 def adapt(net: Net) -> Net:
     """Let the layers of a net on the CPU run in the way that is fastest there, in place; elsewhere do nothing.
 
-    Attention becomes plain products, dropout draws 16 bits an element, and where there are 3x3 convolutions the net works
-    channels-last, with a GroupNorm made for it. Parameters, their names, the call and the layers' types stay the same.
+    Attention becomes plain products, dropout draws 16 bits an element, and convolutions work channels-last, with a
+    GroupNorm made for that. Parameters, their layout and names, the call and the layers' types stay the same.
     """
     if next(net.parameters()).device.type != "cpu":
         return net
@@ -87,8 +98,6 @@ def adapt(net: Net) -> Net:
             module.attend = attend_by_products
         elif type(module) in FASTER:
             module.__class__ = FASTER[type(module)]
-    if any(isinstance(m, nn.Conv2d) and max(m.kernel_size) == 3 for m in net.modules()):
-        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net
 
 
@@ -107,11 +116,24 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
-class GroupNormLast(nn.GroupNorm):
-    """GroupNorm of channels-last maps (b c h w), for which torch's own takes 3 to 20 times as long as for other maps."""
+LAST = torch.channels_last
+
+
+class ConvLast(nn.Conv2d):
+    """A convolution of channels-last maps (b c h w), which oneDNN does up to twice as fast as others.
+
+    Its weights stay as they were: torch's fused optimisers go wrong where a weight and its loaded state differ in layout.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.ndim != 4 or not self.affine or not input.is_contiguous(memory_format=torch.channels_last):
+        return super().forward(input.contiguous(memory_format=LAST)).contiguous(memory_format=LAST)
+
+
+class GroupNormLast(nn.GroupNorm):
+    """GroupNorm of channels-last maps (b c h w), for which torch's own takes 3 to 20 times as long as for others."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim != 4 or not self.affine or not input.is_contiguous(memory_format=LAST):
             return super().forward(input)
         rows = input.permute(0, 2, 3, 1).flatten(1, 2)  # (b (h w) c), no copy
         out = cast(Tensor, _GroupNorm.apply(rows, self.weight, self.bias, self.num_groups, self.eps))
@@ -153,15 +175,19 @@ class Dropout16(nn.Dropout):
     """Dropout whose probability is rounded to a multiple of 2^-16, from 16 random bits an element instead of 64."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or self.p == 1:
+        if not self.training or self.p in (0, 1) or input.device.type != "cpu":
             return super().forward(input)
         cut, n = round(self.p * 2**16), input.numel()
         bits = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:n]
         kept = torch.ge(bits, cut - 2**15).to(input.dtype).mul_(1 / (1 - cut / 2**16))
-        order = (0, 2, 3, 1) if input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last) else None
-        if order is None:
+        if input.ndim != 4 or not input.is_contiguous(memory_format=LAST):
             return input * kept.view(input.shape)
-        return input * kept.view([input.shape[i] for i in order]).permute(0, 3, 1, 2)
+        b, c, h, w = input.shape
+        return input * kept.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
-FASTER: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: GroupNormLast, nn.Dropout: Dropout16}
+FASTER: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: ConvLast,
+    nn.GroupNorm: GroupNormLast,
+    nn.Dropout: Dropout16,
+}

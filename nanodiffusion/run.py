@@ -39,6 +39,7 @@ from nanodiffusion.denoiser import Denoiser, edm
 from nanodiffusion.distributed import World
 from nanodiffusion.ema import save_snapshot
 from nanodiffusion.errors import UserError, lookup
+from nanodiffusion.fast import adapt
 from nanodiffusion.generate import check_sampling, cycled, generate
 from nanodiffusion.nets import NETS, build_net, net_flops, net_size
 from nanodiffusion.noise import DENSITIES, SCHEDULES, Density, Schedule
@@ -156,7 +157,8 @@ def load_run(path: str | Path, weights: str = "ema-0", device: str | torch.devic
         raise UserError("this checkpoint carries no run configuration", file=checkpoint.folder, key=str(e)) from None
     denoiser = make_denoiser(config)
     load_weights(denoiser.net, checkpoint.files[weights], checkpoint.folder)
-    return Run(denoiser.to(device).eval(), config, shape, classes, checkpoint.step, Path(path))
+    adapt(denoiser.to(device).net)
+    return Run(denoiser.eval(), config, shape, classes, checkpoint.step, Path(path))
 
 
 # -- validation ----------------------------------------------------------------------------------------------------------
@@ -239,7 +241,6 @@ class Runner:
     """Trains a config in its folder. `run()` returns why it ended: "done", "patience", "time" or "signal"."""
 
     def __init__(self, config: Config, world: World, say: Callable[[str], None] = print) -> None:
-        torch.set_float32_matmul_precision(config.matmul)
         for name in config.trackers:
             lookup(TRACKERS, name, "trackers")
         self.world, self.say = world, say
@@ -251,6 +252,7 @@ class Runner:
         denoiser = make_denoiser(config)
         check_net(denoiser.net, data.shape)
         check_sampling(denoiser, config.sample, self.schedule)
+        adapt(denoiser.to(world.device).net)
         self.trainer = Trainer(denoiser, data, self.density, config, world)
         self.validator = Validator(self.trainer, held_out, self.density) if held_out and config.validate_every else None
         self.progress = Progress()

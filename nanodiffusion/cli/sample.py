@@ -23,6 +23,7 @@ from nanodiffusion.config import SampleConfig, check_options, from_dict
 from nanodiffusion.data.files import MODES, load_image
 from nanodiffusion.distributed import World, world
 from nanodiffusion.errors import UserError, lookup, nearest
+from nanodiffusion.fast import tune
 from nanodiffusion.generate import check_sampling, cycled
 from nanodiffusion.run import Run, load_run
 
@@ -62,6 +63,7 @@ def main(args: Namespace) -> int:
     path, *words = args.words
     options, changes = read_words(words)
     with world(options.get("device", "auto")) as w:
+        tune(w.device)
         say: Callable[[str], None] = print if w.first else lambda text: None
         job = prepare(path, options, changes, w)
         if w.first:

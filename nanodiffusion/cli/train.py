@@ -16,6 +16,7 @@ from nanodiffusion.cli.recipes import compose, expand, find_recipe, flow, parse_
 from nanodiffusion.config import Config, read_config
 from nanodiffusion.distributed import world
 from nanodiffusion.errors import UserError
+from nanodiffusion.fast import tune
 from nanodiffusion.generate import cycled
 from nanodiffusion.nets import net_flops, net_size
 from nanodiffusion.report import write_report
@@ -95,6 +96,7 @@ def _one_of_many(config: Config, command: Sequence[str]) -> int:
 def train(config: Config, command: Sequence[str] = ("nanodiffusion", "train", "RECIPE")) -> int:
     """Train a config in its folder, or go on with it, and leave pictures and a report there. An exit code."""
     with world(config.device) as w:
+        tune(w.device, config.matmul)
         say: Say = print if w.first else lambda text: None
         runner = Runner(config, w, say)
         if ended := finished(runner):

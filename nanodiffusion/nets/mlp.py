@@ -57,7 +57,7 @@ class Chain(nn.Sequential):
 
     def __init__(self, *widths: int) -> None:
         hidden = [layer for a, b in pairwise(widths[:-1]) for layer in (nn.Linear(a, b), nn.GELU())]
-        super().__init__(*hidden, nn.Linear(*widths[-2:]))
+        super().__init__(*hidden, nn.Linear(widths[-2], widths[-1]))
 
     def forward(self, x: Tensor) -> Tensor:  # (n widths[0]) -> (n widths[-1])
         if x.is_meta or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
