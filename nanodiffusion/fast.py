@@ -140,18 +140,23 @@ class GroupNormLast(nn.GroupNorm):
         return out.unflatten(1, input.shape[2:]).permute(0, 3, 1, 2)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class _GroupNorm(torch.autograd.Function):
     """GroupNorm of rows (b n c) as one multiply-add per element, y = scale x + shift, with scale and shift (b 1 c)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         b, n, c = x.shape
-        size, wide = n * c // groups, x.float()
+        size, wide = n * c // groups, _wide(x)
         of_groups = lambda per_channel: per_channel.view(b, groups, -1).sum(2, keepdim=True) / size
         mean = of_groups(wide.sum(1))
         rstd = (of_groups((wide * wide).sum(1)) - mean * mean + eps).rsqrt()  # (b groups 1)
-        scale = rstd * weight.float().view(groups, -1)
-        shift = bias.float().view(groups, -1) - mean * scale
+        scale = rstd * _wide(weight).view(groups, -1)
+        shift = _wide(bias).view(groups, -1) - mean * scale
         ctx.save_for_backward(x, weight, mean, rstd)
         return torch.addcmul(shift.view(b, 1, c), wide, scale.view(b, 1, c)).to(x.dtype)
 
@@ -161,7 +166,7 @@ class _GroupNorm(torch.autograd.Function):
         # With z = (x - mean) rstd and g = grad weight:  dx = rstd (g - <g> - z <g z>), <.> a group's mean.
         x, weight, mean, rstd = ctx.saved_tensors
         (b, n, c), groups = x.shape, mean.shape[1]
-        size, wide, grad, w = n * c // groups, x.float(), grad.contiguous().float(), weight.float().view(groups, -1)
+        size, wide, grad, w = n * c // groups, _wide(x), _wide(grad.contiguous()), _wide(weight).view(groups, -1)
         d = grad.sum(1).view(b, groups, -1)  # sum of grad per channel
         dz = ((grad * wide).sum(1).view(b, groups, -1) - mean * d) * rstd  # of grad z
         g, gz = (d * w).sum(2, keepdim=True) / size, (dz * w).sum(2, keepdim=True) / size

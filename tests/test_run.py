@@ -78,7 +78,7 @@ def harassed(tmp_path: Path, kills: int, steps: int) -> dict[str, dict[str, Any]
     assert done.returncode == 0, done.stderr
     for name in job["runs"]:
         assert differences(tmp_path / name / "whole/run", tmp_path / name / "killed/run") == []
-        assert len(rows(tmp_path / name / "whole/run")) > 5
+        assert len(rows(tmp_path / name / "whole/run")) >= 4
     return json.loads(done.stdout)
 
 
