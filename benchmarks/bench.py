@@ -14,7 +14,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,12 @@ PACKAGES = ("torch", "numpy", "smalldiffusion", "diffusers", "accelerate")
 
 @dataclass(frozen=True)
 class Bench:
-    """Sides by name, each a "module case" of `worker`, and which of them is the peer of which."""
+    """Sides by name, each a "module case" of `worker`, in groups that are measured together, each with its peer."""
 
-    sides: dict[str, str]
+    groups: dict[str, dict[str, str]]  # the peer's name -> all sides of that group
     unit: str
-    peer: str = "smalldiffusion"
-    inverse: bool = False  # report time per unit rather than units per second
     gpu: bool = True
     note: str = ""
-    peers: dict[str, str] = field(default_factory=dict)  # of the sides whose peer is another one
 
 
 def fashion(net: str) -> Bench:
@@ -43,37 +40,35 @@ def fashion(net: str) -> Bench:
     names = {"ours fp32": "fp32", "ours bf16": "bf16", "ours fp32 untuned": "fp32-untuned"}
     sides = {side: f"ours {net}-{case}" for side, case in names.items()}
     sides |= {"smalldiffusion": f"peers {net}-fp32", "smalldiffusion bf16": f"peers {net}-bf16"}
-    return Bench(sides, "images")
+    return Bench({"smalldiffusion": sides}, "images")
 
 
-def solvers() -> dict[str, Bench]:
+def solvers() -> Bench:
     """Each of our solvers, beside the scheduler of diffusers that does the same, where there is one."""
     from benchmarks.peers import SCHEDULERS
     from nanodiffusion.sampler import STEPS
 
-    sides = lambda name: (
-        {"ours": f"ours sampler-{name}"} | ({"diffusers": f"peers sampler-{name}"} if name in SCHEDULERS else {})
+    pair = lambda name: (
+        {name: f"ours sampler-{name}"} | ({f"diffusers {name}": f"peers sampler-{name}"} if name in SCHEDULERS else {})
     )
-    note = "seconds per call of the denoiser, which does nothing, on (4, 4, 8, 8)"
-    return {f"sampler-{name}": Bench(sides(name), "s", "diffusers", True, False, note) for name in STEPS}
+    note = "one unit is one call of the denoiser, which does nothing, on (4, 4, 8, 8); fresh noise is drawn within"
+    return Bench({f"diffusers {name}": pair(name) for name in STEPS}, "calls", gpu=False, note=note)
 
 
 def benches() -> dict[str, Bench]:
     """All benchmarks of running work; `COLD` holds those of fresh processes."""
+    peer, readme = "smalldiffusion", "100 points: what the loader of 2,048 in its README yields"
     roll = lambda case: {
-        "ours": f"ours {case}",
-        "ours compat": f"ours {case}-compat",
-        "smalldiffusion": f"peers {case}",
+        peer: {"ours": f"ours {case}", "ours compat": f"ours {case}-compat", peer: f"peers {case}"},
     }
+    points = {peer: {"ours": "ours swissroll-sample", peer: "peers swissroll-sample"}}
     return {
-        "swissroll": Bench(roll("swissroll"), "steps", note="100 points: what the README's loader of 2,048 yields"),
+        "swissroll": Bench(roll("swissroll"), "steps", note=readme),
         "swissroll-2048": Bench(roll("swissroll-2048"), "steps"),
-        "swissroll-sample": Bench(
-            {"ours": "ours swissroll-sample", "smalldiffusion": "peers swissroll-sample"}, "runs", note="2,000 x 20"
-        ),
+        "swissroll-sample": Bench(points, "runs", note="20 steps of 2,000 points"),
         "unet": fashion("unet"),
         "dit": fashion("dit"),
-        **solvers(),
+        "sampler": solvers(),
     }
 
 
@@ -116,12 +111,15 @@ def calls_for(worker: Worker, seconds: float) -> int:
     return max(1, round(calls * seconds / took))
 
 
-def run(bench: Bench, device: str, threads: int, seconds: float, rounds: int) -> dict[str, list[dict[str, float]]]:
+Windows = dict[str, list[dict[str, float]]]
+
+
+def run(sides: dict[str, str], device: str, threads: int, seconds: float, rounds: int) -> Windows:
     """Windows of every side, in turn and back again, until each has enough clean ones."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    workers = {side: Worker(case, device, environment) for side, case in bench.sides.items()}
+    workers = {side: Worker(case, device, environment) for side, case in sides.items()}
     calls = {side: calls_for(worker, seconds) for side, worker in workers.items()}
-    windows: dict[str, list[dict[str, float]]] = {side: [] for side in workers}
+    windows: Windows = {side: [] for side in workers}
     for i in range(rounds):
         for side in list(workers) if i % 2 == 0 else list(workers)[::-1]:
             windows[side].append(workers[side].window(calls[side]))
@@ -152,23 +150,18 @@ def summary(windows: list[dict[str, float]], noisy: bool) -> dict[str, Any]:
     }
 
 
-def compare(bench: Bench, windows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """A result: both sides and the ratios of the peer's time to ours, above 1 where ours is faster."""
-    noisy = any(len(clean(w)) < CLEAN for w in windows.values())
-    sides = {side: summary(w, noisy) for side, w in windows.items()}
-    by = lambda key: {
-        side: round(sides[bench.peer][key] / s[key], 3) for side, s in sides.items() if side != bench.peer
-    }
-    ratios = {} if bench.peer not in sides else {"wall": by("seconds"), "cpu": by("cpu_seconds")}
-    ratios |= {"least_cpu": by("least_cpu_seconds")} if ratios else {}
-    return {
-        "unit": bench.unit,
-        "note": bench.note,
-        "noisy": noisy,
-        "peer": bench.peer,
-        "sides": sides,
-        "ratios": ratios,
-    }
+def compare(groups: dict[str, Windows]) -> dict[str, Any]:
+    """A result: all sides and the ratios of the peer's time to the others', above 1 where they are faster."""
+    noisy = any(len(clean(w)) < CLEAN for windows in groups.values() for w in windows.values())
+    sides: dict[str, dict[str, Any]] = {}
+    for peer, windows in groups.items():
+        group = {side: summary(w, noisy) for side, w in windows.items()}
+        for side, s in group.items():
+            if peer in group and side != peer:
+                keys = {"wall": "seconds", "cpu": "cpu_seconds", "least_cpu": "least_cpu_seconds"}
+                s["ratios"] = {kind: round(group[peer][key] / s[key], 3) for kind, key in keys.items()}
+        sides |= group
+    return {"noisy": noisy, "sides": sides}
 
 
 # -- fresh processes -----------------------------------------------------------------------------------------------------
@@ -179,10 +172,12 @@ from nanodiffusion.data import swiss_roll
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.nets import build_net
 from nanodiffusion.noise import log_linear, table_density
-from nanodiffusion.train import train
+from nanodiffusion.config import TrainConfig
+from nanodiffusion.train import Trainer
 D = Denoiser(build_net("mlp", hidden=[16, 128, 128, 128, 128, 16]))
 data = swiss_roll(100, math.pi / 2, 5 * math.pi)
-losses = [s.loss.item() for s in train(D, data, table_density(log_linear()), steps=10000, batch_size=100, ema=[])]
+config = TrainConfig(steps=10000, batch_size=100, lr=1e-3, ema=[])
+losses = [s.loss.item() for s in Trainer(D, data, table_density(log_linear()), config)]
 """
 ROLL_PEER = """
 import numpy as np
@@ -236,7 +231,7 @@ def run_cold(name: str, threads: int) -> dict[str, Any]:
     for i in range(repeats):
         for side in list(commands) if i % 2 == 0 else list(commands)[::-1]:
             windows[side].append(once(commands[side], environment))
-    return compare(Bench({}, "s", peer), windows)
+    return {"unit": "runs", "note": "fresh interpreters"} | compare({peer: windows})
 
 
 # -- results -------------------------------------------------------------------------------------------------------------
@@ -265,13 +260,9 @@ def show(name: str, result: dict[str, Any]) -> None:
     """A result in a few lines."""
     print(f"{name}{'  (noisy: not enough quiet windows)' * result['noisy']}")
     for side, s in result["sides"].items():
-        rate = (
-            f"{s['seconds'] * 1e6:10.1f} us"
-            if result["unit"] == "s"
-            else f"{1 / s['seconds']:10.1f} {result['unit']}/s"
-        )
-        ratios = " ".join(f"{kind} {r[side]:.2f}x" for kind, r in result["ratios"].items() if side in r)
-        print(f"  {side:24} {rate}  peak {s['peak_mb']:5.0f} MB  {ratios}")
+        rate, ms = 1 / s["seconds"], s["seconds"] * 1000
+        ratios = " ".join(f"{kind} {ratio:.2f}x" for kind, ratio in s.get("ratios", {}).items())
+        print(f"  {side:28} {rate:10.1f} {result['unit']}/s  {ms:9.4g} ms  peak {s['peak_mb']:5.0f} MB  {ratios}")
 
 
 def main() -> None:
@@ -284,7 +275,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
 
-    device, kind = ("cuda", "cuda") if args.gpu else ("cpu", "cpu")
+    args.device = "cuda" if args.gpu else "cpu"
     table = {name: b for name, b in benches().items() if b.gpu or not args.gpu}
     known = [*table, *([] if args.gpu else COLD)]
     wanted = [n for n in known if not args.names or any(n.startswith(a) for a in args.names)]
@@ -292,11 +283,12 @@ def main() -> None:
         raise SystemExit(f"no such benchmark; there are: {', '.join(known)}")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in wanted:
-        result = (
-            run_cold(name, args.threads)
-            if name in COLD
-            else compare(table[name], run(table[name], device, args.threads, args.seconds, args.rounds))
-        )
+        if name in COLD:
+            result = run_cold(name, args.threads)
+        else:
+            bench, options = table[name], (args.device, args.threads, args.seconds, args.rounds)
+            result = {"unit": bench.unit, "note": bench.note}
+            result |= compare({peer: run(sides, *options) for peer, sides in bench.groups.items()})
         facts = {
             "name": name,
             "device": device_name(args.gpu),
@@ -305,7 +297,7 @@ def main() -> None:
             "command": " ".join(["python -m benchmarks.bench", *sys.argv[1:]]),
             "protocol": " ".join((__doc__ or "").split("\n\n")[1].split()),
         }
-        (args.out / f"{kind}-{name}.json").write_text(json.dumps(facts | result, indent=1) + "\n")
+        (args.out / f"{args.device}-{name}.json").write_text(json.dumps(facts | result, indent=1) + "\n")
         show(name, result)
 
 

@@ -85,7 +85,8 @@ def scheduler(device: str, name: str, **options: Any) -> Case:
         for t in schedule.timesteps:
             state = schedule.step(schedule.scale_model_input(state, t), t, state).prev_sample
 
-    return Case(torch.no_grad()(run), STEPS)
+    schedule.set_timesteps(STEPS)
+    return Case(torch.no_grad()(run), len(schedule.timesteps))
 
 
 SCHEDULERS: dict[str, dict[str, Any]] = {

@@ -142,7 +142,7 @@ def from_dict(cls: type, options: Mapping[str, Any], key: str = "") -> Any:
     return cls(**values)
 
 
-def make(table: Mapping[str, Any], spec: Component, key: str, **given: Any) -> Callable[..., Any] | None:
+def make(table: Mapping[str, Any], spec: Component, key: str, **given: Any) -> Any:
     """The row spec["name"] of a table with spec's other items bound as options; `given` are offered where it takes them."""
     if not isinstance(spec, Mapping) or "name" not in spec:
         raise UserError("a component needs a name", key=f"{key}.name", found=repr(spec), fix=f"{key}.name=...")

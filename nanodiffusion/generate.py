@@ -16,16 +16,12 @@ from nanodiffusion.sampler import STEPS, ImageNoise, State, Step, sample, start
 
 def make_ladder(config: SampleConfig, schedule: Schedule) -> Tensor:
     """The noise levels a SampleConfig visits: (steps + 1,) float64."""
-    ladder = make(LADDERS, config.ladder, "sample.ladder")
-    assert ladder is not None
-    return ladder(schedule, config.steps)
+    return make(LADDERS, config.ladder, "sample.ladder")(schedule, config.steps)
 
 
 def make_step(config: SampleConfig) -> Step:
     """The sampler's step function."""
-    step = make(STEPS, config.sampler, "sample.sampler")
-    assert step is not None
-    return step
+    return make(STEPS, config.sampler, "sample.sampler")
 
 
 def check_sampling(denoiser: Denoiser, config: SampleConfig, schedule: Schedule) -> None:

@@ -56,16 +56,12 @@ VALIDATION_SEED, VALIDATION_SAMPLES, VALIDATION_LEVELS = 7, 512, 8
 
 def make_schedule(config: Config) -> Schedule:
     """The schedule a config names."""
-    build = make(SCHEDULES, config.schedule, "schedule")
-    assert build is not None
-    return build()
+    return make(SCHEDULES, config.schedule, "schedule")()
 
 
 def make_density(config: Config) -> Density:
     """The training density a config names."""
-    build = make(DENSITIES, config.density, "density", schedule=make_schedule(config))
-    assert build is not None
-    return build()
+    return make(DENSITIES, config.density, "density", schedule=make_schedule(config))()
 
 
 def fit_net(config: Config, shape: tuple[int, ...], classes: int) -> Config:

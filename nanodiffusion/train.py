@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from nanodiffusion.config import Component, TrainConfig, from_dict, make
+from nanodiffusion.config import TrainConfig, from_dict, make
 from nanodiffusion.data import order
 from nanodiffusion.denoiser import DISTANCES, WEIGHTS, Cond, Denoiser
 from nanodiffusion.distributed import World
-from nanodiffusion.ema import EMA, PROFILES, Profile
+from nanodiffusion.ema import EMA, PROFILES
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.noise import Density
 
@@ -127,7 +127,6 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch
     cls = OPTIMIZERS.get(spec.get("name", ""))
     fused = {"fused": True} if cls and "fused" in inspect.signature(cls).parameters else {}
     build = make(OPTIMIZERS, {**({} if "foreach" in spec else fused), **spec}, "optimizer", lr=config.lr)
-    assert build is not None
     try:
         return build(parameters)
     except (TypeError, ValueError, RuntimeError) as e:
@@ -144,7 +143,6 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> tor
         except (TypeError, ValueError, ZeroDivisionError) as e:
             raise UserError(f"torch's {spec['name']} refuses its options", key="lr_schedule", found=str(e)) from None
     factor = make(LR_SCHEDULES, spec, "lr_schedule", steps=config.steps)
-    assert factor is not None
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: factor(k))
 
 
@@ -192,17 +190,13 @@ class Trainer:
         self.optimizer = make_optimizer(self.parameters, config)
         self.scheduler = make_scheduler(self.optimizer, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=denoiser.precision == torch.float16)
-        self.emas = [EMA(denoiser.net, self._profile(spec)) for spec in config.ema]
+        profiles = [make(PROFILES, spec, "ema", batch=config.batch_size)() for spec in config.ema]
+        self.emas = [EMA(denoiser.net, profile) for profile in profiles]
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in denoiser.modules())
         self.generator = torch.Generator(device)
         self.step, self.bad_steps = 0, 0
         self.plain_objective = Objective(denoiser, config.loss, make(WEIGHTS, config.weight, "weight"))
         self.objective = self._wrap(self.plain_objective)
-
-    def _profile(self, spec: Component) -> Profile:
-        build = make(PROFILES, spec, "ema", batch=self.config.batch_size)
-        assert build is not None
-        return build()
 
     def _wrap(self, objective: nn.Module) -> nn.Module:
         if self.config.compile:

@@ -160,7 +160,7 @@ def test_components_are_the_fields_that_say_so():
     assert Config().ema[0]["name"] in PROFILES
 
 
-def scale(x: float, factor: float = 2.0, steps: int = 1, times: int = 1) -> float:
+def scale(x: float, steps: int, factor: float = 2.0, times: int = 1) -> float:
     return x * factor**times * steps
 
 
@@ -174,7 +174,7 @@ TABLE = {"scale": scale, "needs": needs, "none": None}
 def test_make_binds_options_and_offers_what_is_given():
     row = make(TABLE, {"name": "scale", "factor": 3.0}, "key", steps=5, unheard_of=1)
     assert row is not None and row(1.0) == 15.0
-    row = make(TABLE, {"name": "scale", "times": 2}, "key", times=7)
+    row = make(TABLE, {"name": "scale", "times": 2}, "key", steps=1, times=7)
     assert row is not None and row(1.0) == 4.0  # the recipe's own word counts
     assert make(TABLE, {"name": "none"}, "key") is None
 

@@ -70,7 +70,7 @@ def harassed(tmp_path: Path, kills: int, steps: int) -> dict[str, dict[str, Any]
     """Counts of what tiny.harass did to a run of points and one of images, each found equal to the undisturbed run."""
     points = {**POINTS, **BUSY, "checkpoint_every": 1, "steps": 2 * steps}
     pictures = {**IMAGES, **BUSY, "checkpoint_every": 1 + steps // 100, "steps": steps, "data": images(tmp_path)}
-    job = {"out": str(tmp_path), "runs": {"points": [points, kills, 1], "images": [pictures, kills, 2]}}
+    job = {"out": str(tmp_path), "runs": {"points": [points, kills // 2, 1], "images": [pictures, kills, 2]}}
     (tmp_path / "job.json").write_text(json.dumps(job))
     command = [sys.executable, str(Path(__file__).with_name("tiny.py")), str(tmp_path / "job.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -82,21 +82,24 @@ def harassed(tmp_path: Path, kills: int, steps: int) -> dict[str, dict[str, Any]
     return json.loads(done.stdout)
 
 
-def check_kills(counts: dict[str, dict[str, Any]], each: int) -> None:
+def check_kills(counts: dict[str, dict[str, Any]], least: int) -> None:
+    """At least that many SIGKILLs, a quarter of them inside a save, or the equality says little."""
     print(json.dumps(counts))
-    for count in counts.values():
-        assert count["timed"] + count["at_sync"] >= each
-        assert count["inside_a_save"] >= each // 4
-        assert count["terms"] > 0
+    kills, inside, terms = (
+        sum(c[k] for c in counts.values() for k in keys)
+        for keys in (("timed", "at_sync"), ("inside_a_save",), ("terms",))
+    )
+    assert kills >= least and inside >= least // 4 and terms > 0
+    assert all(c["timed"] + c["at_sync"] >= least // 4 for c in counts.values())
 
 
 def test_a_run_killed_again_and_again_ends_bit_by_bit_as_undisturbed(tmp_path):
-    check_kills(harassed(tmp_path, 8, 14), 6)
+    check_kills(harassed(tmp_path, 10, 14), 12)
 
 
 @pytest.mark.slow
 def test_a_run_killed_a_hundred_times_ends_bit_by_bit_as_undisturbed(tmp_path):
-    check_kills(harassed(tmp_path, 110, 400), 100)
+    check_kills(harassed(tmp_path, 100, 200), 100)
 
 
 # -- resuming --------------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def dies_at_sync(number: int) -> None:
 
 
 def harass(out: Path, options: dict[str, Any], kills: int, seed: int) -> dict[str, Any]:
-    """Run once undisturbed in out/whole, then in out/killed under some 1.5 `kills` SIGKILLs, and count.
+    """Run once undisturbed in out/whole, then in out/killed under more than `kills` SIGKILLs, and count.
 
     A third of the kills strike at a random fsync, inside a save; every fifth interruption is a SIGTERM instead.
     """
@@ -150,7 +150,7 @@ def harass(out: Path, options: dict[str, Any], kills: int, seed: int) -> dict[st
 
         pid = forked(work)
         if kind != "at_sync":
-            time.sleep(setup * dice.uniform(0.5, 1.5) + dice.uniform(0, 4 / 3 * whole / kills))
+            time.sleep(setup * dice.uniform(0.5, 1.5) + dice.uniform(0, whole / kills))
             os.kill(pid, signal.SIGTERM if kind == "terms" else signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:

@@ -79,6 +79,4 @@ def load_data(name: str, split: str = "train", **options: Any) -> TensorData:
     A toy set is its whole population, so every split is the same; another seed gives fresh points.
     """
     lookup(SPLITS, split, "split")
-    build = make(DATASETS, {"name": name, **options}, "data", split=split)
-    assert build is not None
-    return build()
+    return make(DATASETS, {"name": name, **options}, "data", split=split)()
