@@ -28,6 +28,7 @@ from nanodiffusion.nets import build_net
 from nanodiffusion.run import make_density, make_schedule
 
 pytest.importorskip("hydra")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = """
 data: {name: array, path: DATA}
@@ -44,14 +45,6 @@ checkpoint_every: 6
 sample: {sampler: euler, ladder: karras, steps: 3, guidance: 1.5, n: 6}
 """
 TIMES = ("images_per_s", "seconds")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from nanodiffusion.cli import main
 from nanodiffusion.cli import train as train_command
 
 pytest.importorskip("hydra")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = """
 data: {name: array, path: data.npz}
@@ -29,14 +30,6 @@ steps: 2
 log_every: 1
 sample: {sampler: euler, ladder: karras, steps: 2, n: 3}
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
