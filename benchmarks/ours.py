@@ -16,7 +16,7 @@ from nanodiffusion.config import SampleConfig, TrainConfig
 from nanodiffusion.data import TensorData, swiss_roll
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.distributed import World
-from nanodiffusion.fast import adapt, tune_cpu
+from nanodiffusion.fast import adapt, tune
 from nanodiffusion.generate import generate
 from nanodiffusion.nets import build_net
 from nanodiffusion.noise import log_linear, table_density
@@ -45,7 +45,8 @@ def trainer(net: torch.nn.Module, data: TensorData, batch: int, device: str, pre
 
 
 def swissroll(device: str, points: int = 100) -> Case:
-    """seed 002's recipe through `Trainer`."""
+    """The README's recipe through `Trainer`, the process set up as the command line does it."""
+    tune(torch.device(device))
     fit = trainer(build_net(**SWISSROLL), roll(points), points, device, lr=1e-3, ema=[])
     return Case(lambda: fit.update().loss.item())
 
@@ -69,8 +70,8 @@ def swissroll_sample(device: str) -> Case:
 
 def fashion(device: str, net: str, batch: int, precision: str = "fp32", tuned: bool = True) -> Case:
     """Training on noise of the pictures' shape: one call is one step of `batch` images, average of the weights included."""
-    if tuned and device == "cpu":
-        tune_cpu()
+    if tuned:
+        tune(torch.device(device))
     model = build_net(net, **FASHION[net])
     data = TensorData(torch.randn(6000, 1, 28, 28))
     fit = trainer(adapt(model) if tuned else model, data, batch, device, precision, lr=3e-4)

@@ -145,44 +145,46 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _group_mean(sums: Tensor, rows: int, groups: int) -> Tensor:
+    """Sums over so many rows, per channel (b 1 c) -> the mean of each channel's group (b 1 c)."""
+    b, _, c = sums.shape
+    means = sums.view(b, groups, -1).mean(2, keepdim=True) / rows
+    return means.expand(b, groups, c // groups).reshape(b, 1, c)
+
+
 class _GroupNorm(torch.autograd.Function):
-    """GroupNorm of rows (b n c) as one multiply-add per element, y = scale x + shift, with scale and shift (b 1 c)."""
+    """GroupNorm of rows x (b n c) by few passes over them: y = w z + bias, z = (x - mean) rstd; mean, rstd (b 1 c)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        b, n, c = x.shape
-        size, wide = n * c // groups, _wide(x)
-        of_groups = lambda per_channel: per_channel.view(b, groups, -1).sum(2, keepdim=True) / size
-        mean = of_groups(wide.sum(1))
-        rstd = (of_groups((wide * wide).sum(1)) - mean * mean + eps).rsqrt()  # (b groups 1)
-        scale = rstd * _wide(weight).view(groups, -1)
-        shift = _wide(bias).view(groups, -1) - mean * scale
+        n, wide = x.shape[1], _wide(x)
+        mean = _group_mean(wide.sum(1, keepdim=True), n, groups)
+        centred = wide - mean
+        rstd = (_group_mean((centred * centred).sum(1, keepdim=True), n, groups) + eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, rstd)
-        return torch.addcmul(shift.view(b, 1, c), wide, scale.view(b, 1, c)).to(x.dtype)
+        ctx.groups = groups
+        return torch.addcmul(_wide(bias), centred, rstd * _wide(weight)).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        # With z = (x - mean) rstd and g = grad weight:  dx = rstd (g - <g> - z <g z>), <.> a group's mean.
+        # dx = rstd (w grad - <w grad> - z <w grad z>), <.> a group's mean.
         x, weight, mean, rstd = ctx.saved_tensors
-        (b, n, c), groups = x.shape, mean.shape[1]
-        size, wide, grad, w = n * c // groups, _wide(x), _wide(grad.contiguous()), _wide(weight).view(groups, -1)
-        d = grad.sum(1).view(b, groups, -1)  # sum of grad per channel
-        dz = ((grad * wide).sum(1).view(b, groups, -1) - mean * d) * rstd  # of grad z
-        g, gz = (d * w).sum(2, keepdim=True) / size, (dz * w).sum(2, keepdim=True) / size
-        per_channel = lambda t: t.expand(b, groups, c // groups).reshape(b, 1, c)
-        dx = torch.addcmul(per_channel(rstd * (mean * rstd * gz - g)), wide, per_channel(-rstd * rstd * gz))
-        dx = dx.addcmul_(grad, per_channel(rstd * w)).to(x.dtype)
-        return dx, dz.sum(0).view(c).to(weight.dtype), d.sum(0).view(c).to(weight.dtype), None, None
+        n, grad, w, centred = x.shape[1], _wide(grad.contiguous()), _wide(weight), _wide(x) - mean
+        d = grad.sum(1, keepdim=True)
+        dz = (grad * centred).sum(1, keepdim=True) * rstd
+        g, gz = _group_mean(w * d, n, ctx.groups), _group_mean(w * dz, n, ctx.groups)
+        dx = torch.addcmul(-rstd * g, centred, -rstd * rstd * gz).addcmul_(grad, rstd * w)
+        return dx.to(x.dtype), dz.sum((0, 1)).to(weight.dtype), d.sum((0, 1)).to(weight.dtype), None, None
 
 
 class Dropout16(nn.Dropout):
     """Dropout whose probability is rounded to a multiple of 2^-16, from 16 random bits an element instead of 64."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.p in (0, 1) or input.device.type != "cpu":
-            return super().forward(input)
         cut, n = round(self.p * 2**16), input.numel()
+        if not self.training or cut in (0, 2**16) or input.device.type != "cpu":
+            return super().forward(input)
         bits = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:n]
         kept = torch.ge(bits, cut - 2**15).to(input.dtype).mul_(1 / (1 - cut / 2**16))
         if input.ndim != 4 or not input.is_contiguous(memory_format=LAST):

@@ -99,7 +99,7 @@ def test_a_run_killed_again_and_again_ends_bit_by_bit_as_undisturbed(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_a_hundred_times_ends_bit_by_bit_as_undisturbed(tmp_path):
-    check_kills(harassed(tmp_path, 100, 200), 100)
+    check_kills(harassed(tmp_path, 100, 120), 100)
 
 
 # -- resuming --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Runs small enough to be tested whole, their comparison, and a process that kills them: `python tests/tiny.py JOB.json`."""
 
+import faulthandler
 import json
 import os
 import random
@@ -96,11 +97,12 @@ def differences(a: Path, b: Path) -> list[str]:
 # -- the killer ------------------------------------------------------------------------------------------------------
 
 
-def forked(work: Callable[[], bool]) -> int:
-    """The id of a child that does `work` and exits with 0 if it says True, else with 3; with 1 on an exception."""
+def forked(work: Callable[[], bool], limit: float) -> int:
+    """The id of a child that does `work` and exits with 0 if it says True, else with 3; 1: an exception, or too late."""
     pid = os.fork()
     if pid:
         return pid
+    faulthandler.dump_traceback_later(limit, exit=True)
     code = 1
     try:
         code = 0 if work() else 3
@@ -148,7 +150,7 @@ def harass(out: Path, options: dict[str, Any], kills: int, seed: int) -> dict[st
                 dies_at_sync(at)
             return make_runner(out / "killed", options).run() == "done"
 
-        pid = forked(work)
+        pid = forked(work, 60 + 5 * whole)
         if kind != "at_sync":
             time.sleep(setup * dice.uniform(0.5, 1.5) + dice.uniform(0, whole / kills))
             os.kill(pid, signal.SIGTERM if kind == "terms" else signal.SIGKILL)
