@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from diffusers.guiders.guider_utils import rescale_noise_cfg
 from torch import nn
 from torch.testing import assert_close
 
