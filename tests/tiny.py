@@ -126,9 +126,10 @@ def dies_at_sync(number: int) -> None:
 
 
 def harass(out: Path, options: dict[str, Any], kills: int, seed: int) -> dict[str, Any]:
-    """Run once undisturbed in out/whole, then in out/killed under more than `kills` SIGKILLs, and count.
+    """Run once undisturbed in out/whole, then in out/killed under about `kills` SIGKILLs or more, and count.
 
-    A third of the kills strike at a random fsync, inside a save; every fifth interruption is a SIGTERM instead.
+    A third of them strike at a random fsync, inside a save, a few before training begins, the rest at a random moment
+    some steps later, counted so that a slow machine sees as many; every fifth interruption is a SIGTERM instead.
     """
     dice = random.Random(seed)
     make_runner(out / "warm", options, steps=2).run()
@@ -145,16 +146,28 @@ def harass(out: Path, options: dict[str, Any], kills: int, seed: int) -> dict[st
         turn += 1
         kind = "terms" if turn % 5 == 0 else "at_sync" if turn % 3 == 0 else "timed"
 
-        def work(at: int = dice.randint(1, syncs) if kind == "at_sync" else 0) -> bool:
+        hears, says = os.pipe()
+
+        def work(at: int = dice.randint(1, syncs) if kind == "at_sync" else 0, ready: int = says) -> bool:
             if at:
                 dies_at_sync(at)
-            return make_runner(out / "killed", options).run() == "done"
+            runner = make_runner(out / "killed", options)
+            os.write(ready, b"!")
+            return runner.run(lambda step: os.write(ready, b".")) == "done"
 
         pid = forked(work, 60 + 5 * whole)
+        os.close(says)
         if kind != "at_sync":
-            time.sleep(setup * dice.uniform(0.5, 1.5) + dice.uniform(0, whole / kills))
+            heard = dice.randint(0, 2 * options["steps"] // kills) if turn % 8 else -1
+            pace = setup
+            for _ in range(heard + 1):
+                start = time.perf_counter()
+                os.read(hears, 1)
+                pace = time.perf_counter() - start
+            time.sleep(dice.random() * pace)
             os.kill(pid, signal.SIGTERM if kind == "terms" else signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
+        os.close(hears)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
             return counts
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 3:

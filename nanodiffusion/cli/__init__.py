@@ -134,9 +134,20 @@ def one_target(words: Sequence[str], usage: str) -> str:
     return words[0]
 
 
+def share_the_cpu() -> None:
+    """Let OpenMP's waiting threads sleep soon, unless the environment says otherwise; in force only before torch is here.
+
+    libgomp spins for 300,000 turns, which on a busy machine keeps off the very thread that is waited for: training the
+    digits beside one other process went from 122 to 432 images/s, and alone from 1,130 to 1,090.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point: every mistake becomes a message of a few lines on stderr and an exit code."""
     args = parse(argv)
+    share_the_cpu()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
