@@ -45,8 +45,8 @@ def trainer(net: torch.nn.Module, data: TensorData, batch: int, device: str, pre
 
 
 def swissroll(device: str, points: int = 100) -> Case:
-    """The README's recipe through `Trainer`, the process set up as the command line does it."""
-    tune(torch.device(device))
+    """The recipe `swissroll` through `Trainer`, the process set up as the command line does it; tuned for large batches."""
+    tune(torch.device(device), "highest" if points < 1000 else "auto")
     fit = trainer(build_net(**SWISSROLL), roll(points), points, device, lr=1e-3, ema=[])
     return Case(lambda: fit.update().loss.item())
 
