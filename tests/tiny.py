@@ -155,7 +155,7 @@ def harass(out: Path, options: dict[str, Any], kills: int, seed: int) -> dict[st
             os.write(ready, b"!")
             return runner.run(lambda step: os.write(ready, b".")) == "done"
 
-        pid = forked(work, 60 + 5 * whole)
+        pid = forked(work, 300 + 5 * whole)
         os.close(says)
         if kind != "at_sync":
             heard = dice.randint(0, 2 * options["steps"] // kills) if turn % 8 else -1
