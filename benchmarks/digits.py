@@ -18,7 +18,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from nanodiffusion.data import digits
-from nanodiffusion.generate import cycled, generate
+from nanodiffusion.draw import cycled, draw
 from nanodiffusion.run import load_run
 
 
@@ -39,7 +39,7 @@ def main() -> None:
 
     run = load_run(args.run)
     labels = cycled(args.n, len(run.classes))
-    *_, last = generate(
+    *_, last = draw(
         run.denoiser, run.shape, run.schedule, run.config.sample, range(10_000, 10_000 + args.n), labels
     )
     x = last.x.clamp(-1, 1)

@@ -17,7 +17,7 @@ from nanodiffusion.data import TensorData, swiss_roll
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.distributed import World
 from nanodiffusion.fast import adapt, tune
-from nanodiffusion.generate import generate
+from nanodiffusion.draw import draw
 from nanodiffusion.nets import build_net
 from nanodiffusion.noise import log_linear, table_density
 from nanodiffusion.sampler import STEPS as SOLVERS
@@ -65,7 +65,7 @@ def swissroll_sample(device: str) -> Case:
     solver = {"name": "gradient_estimation", "gam": 2.0, "mu": 0.0}
     config = SampleConfig(sampler=solver, ladder={"name": "trailing"}, steps=20)
     seeds = count()
-    return Case(lambda: list(generate(denoiser, (2,), log_linear(), config, range(next(seeds), 2000))))
+    return Case(lambda: list(draw(denoiser, (2,), log_linear(), config, range(next(seeds), 2000))))
 
 
 def fashion(device: str, net: str, batch: int, precision: str = "fp32", tuned: bool = True) -> Case:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as tnf
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.noise import Schedule
@@ -91,6 +92,10 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def expand(s: Tensor, x: Tensor) -> Tensor:
     """(b) -> (b 1 ... 1) with the rank of x."""
     return s.reshape(-1, *[1] * (x.ndim - 1))
@@ -102,7 +107,8 @@ class Denoiser(nn.Module):
     net: called as net(x (b ...), t (b), **cond) -> F (b ...).
     prediction: a row or a name of `PREDICTIONS`. clock: a name of `CLOCKS` or a function sigma (b) -> t (b);
     "table" is the fractional index into `schedule`.
-    precision: dtype of the network's products (autocast, when its weights are fp32); x and D keep x's dtype.
+    precision: dtype of the network's products, by autocast; a network whose weights are bf16 or fp16 runs in that. x and D
+    keep x's dtype.
     """
 
     def __init__(
@@ -126,10 +132,20 @@ class Denoiser(nn.Module):
         return self._net(self.prediction.coefficients(expand(sigma, x))[2] * x, sigma, cond)
 
     def _net(self, scaled: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        t = self.clock(sigma)
+        if self.half is not None:
+            half = partial(_cast, dtype=self.half)
+            return self.net(half(scaled), t, **tree_map(half, dict(cond))).to(scaled.dtype)
         if self.precision == torch.float32:
-            return self.net(scaled, self.clock(sigma), **cond)
+            return self.net(scaled, t, **cond)
         with torch.autocast(scaled.device.type, self.precision):
-            return self.net(scaled, self.clock(sigma), **cond).to(scaled.dtype)
+            return self.net(scaled, t, **cond).to(scaled.dtype)
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """The dtype of the network's weights where that is half precision: then x and cond are rounded to it, t is not."""
+        first = next(self.net.parameters(), None)
+        return first.dtype if first is not None and first.dtype in (torch.bfloat16, torch.float16) else None
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
         """E[x0 | x]: x (b ...), sigma (b) on any device -> (b ...)."""

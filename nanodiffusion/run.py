@@ -40,7 +40,7 @@ from nanodiffusion.distributed import World
 from nanodiffusion.ema import save_snapshot
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.fast import adapt
-from nanodiffusion.generate import check_sampling, cycled, generate
+from nanodiffusion.draw import check_sampling, cycled, draw
 from nanodiffusion.nets import NETS, build_net, net_flops, net_size
 from nanodiffusion.noise import DENSITIES, SCHEDULES, Density, Schedule
 from nanodiffusion.show import grid, point_cloud, save_png
@@ -444,7 +444,7 @@ class Runner:
         """n samples (n *shape) at seeds first, first + 1, ..., classes in turn; of the average `weights`, None = raw."""
         net = self.trainer.denoiser.net
         labels = cycled(n, len(self.data.classes)) if self.trainer.null_label is not None else None
-        states = lambda: generate(
+        states = lambda: draw(
             self.trainer.denoiser, self.data.shape, self.schedule, self.config.sample, range(first, first + n), labels
         )
         if weights is None or not self.trainer.emas:

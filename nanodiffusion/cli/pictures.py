@@ -11,7 +11,7 @@ from torch import Tensor
 from nanodiffusion import show
 from nanodiffusion.config import SampleConfig
 from nanodiffusion.errors import UserError
-from nanodiffusion.generate import generate, make_ladder
+from nanodiffusion.draw import draw, make_ladder
 from nanodiffusion.guidance import Bound
 from nanodiffusion.report import load_metrics
 from nanodiffusion.run import Run, make_data, picture
@@ -36,7 +36,7 @@ def batches(
         part = slice(i, i + batch)
         start = None if x0 is None else x0.expand(len(seeds[part]), *x0.shape[1:])
         own = None if labels is None else labels[part]
-        states = generate(run.denoiser, run.shape, run.schedule, config, seeds[part], own, start, strength)
+        states = draw(run.denoiser, run.shape, run.schedule, config, seeds[part], own, start, strength)
         yield [s._replace(x=s.x.cpu(), x0=s.x0.cpu()) for s in states]
 
 

@@ -24,7 +24,7 @@ from nanodiffusion.data.files import MODES, load_image
 from nanodiffusion.distributed import World, world
 from nanodiffusion.errors import UserError, lookup, nearest
 from nanodiffusion.fast import tune
-from nanodiffusion.generate import check_sampling, cycled
+from nanodiffusion.draw import check_sampling, cycled
 from nanodiffusion.run import Run, load_run
 
 PICTURED = 400  # samples in a picture, at most

@@ -25,7 +25,7 @@ def make_step(config: SampleConfig) -> Step:
 
 
 def check_sampling(denoiser: Denoiser, config: SampleConfig, schedule: Schedule) -> None:
-    """UserError, before any training, for what `generate` would refuse after it."""
+    """UserError, before any training, for what `draw` would refuse after it."""
     make_step(config)
     make_ladder(config, schedule)
     if config.n < 1:
@@ -58,7 +58,7 @@ def guided(denoiser: Denoiser, labels: Tensor | None, config: SampleConfig) -> B
     return cfg(denoiser, cond, null_labels(cond, null), config.guidance, lo, hi, config.guidance_rescale)
 
 
-def generate(
+def draw(
     denoiser: Denoiser,
     shape: Sequence[int],
     schedule: Schedule,
