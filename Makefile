@@ -14,13 +14,14 @@ help:  ## this list
 	@echo "setting up .venv (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) torch
-	@$(PIP) -e '.[train,data,viz]'
+	@$(PIP) -e '.[sd,train,data,viz]'
 	@touch $@
 
-# smalldiffusion is a reference of the tests; torchvision, which it asks for, has no build for every platform.
+# smalldiffusion is a reference of the tests, clip-anytorch brings them CLIP's vocabulary; torchvision, which both ask for, has no
+# build for every platform.
 .venv/dev: .venv/base
 	@$(PIP) -e '.[dev]'
-	@$(PIP) --no-deps smalldiffusion
+	@$(PIP) --no-deps smalldiffusion clip-anytorch
 	@touch $@
 
 demo: .venv/base  ## train on real images, make pictures, write runs/demo (about 3 minutes of training)

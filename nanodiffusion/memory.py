@@ -1,0 +1,205 @@
+"""How much memory a picture takes, and plans that take less: what lies on the device, and how much is done at once.
+
+The expected peak is counted, not guessed: the same calls on the meta device, which allocates nothing, with every
+tensor's birth and death in the ledger. `Peak` measures what it was.
+"""
+
+import copy
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from nanodiffusion.errors import lookup
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How memory is spent. `low` also asks the loader for half precision, where the caller names none."""
+
+    name: str
+    offload: bool = False  # a component is on the device only while it works
+    slices: bool = False  # pictures are decoded one at a time
+    tile: int | None = None  # side, in latent pixels, of the tiles a picture is decoded in
+    half: bool = False  # weights in bf16 unless told otherwise
+    expected: int = 0  # bytes on the device at the peak, counted
+    free: int = 0  # bytes that were free when the plan was made
+
+    def __str__(self) -> str:
+        means = {"offload": self.offload, "one picture at a time": self.slices, f"tiles of {self.tile}": self.tile}
+        how = ", ".join(name for name, used in means.items() if used) or "everything at once"
+        return f"memory {self.name} ({how}): expected peak {self.expected / GIB:.2f} GiB of {self.free / GIB:.1f} free"
+
+
+PLANS = {
+    "fast": Plan("fast"),
+    "balanced": Plan("balanced", offload=True, slices=True),
+    "low": Plan("low", offload=True, slices=True, tile=64, half=True),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A component at work: `call` runs a copy of it once, on meta tensors of the largest shape it will see."""
+
+    module: nn.Module
+    call: Callable[[Any], Any]
+
+    @property
+    def weights(self) -> int:
+        """Bytes of its parameters and buffers."""
+        return sum(t.nbytes for t in tensors_of(self.module))
+
+
+def choose(name: str, stages: Callable[[Plan], dict[str, Stage]], device: torch.device) -> Plan:
+    """The plan of that name with its expected peak; `auto` is the first of `PLANS` that fits in 90 % of what is free.
+
+    stages: what happens under a plan, in order. UserError when the name is unknown. On the CPU nothing can be moved
+    away: there a plan saves by smaller pieces and half precision only.
+    """
+    free = free_memory(device)
+    wanted = list(PLANS.values()) if name == "auto" else [lookup(PLANS, name, "memory")]
+    plans = [replace(p, expected=expected_peak(stages(p), p.offload, device), free=free) for p in wanted]
+    return next((p for p in plans if p.expected <= 0.9 * free), plans[-1])
+
+
+def expected_peak(stages: dict[str, Stage], offload: bool, device: torch.device) -> int:
+    """Bytes at the worst moment: the weights that are there then, and what the stage allocates meanwhile."""
+    together = sum({id(s.module): s.weights for s in stages.values()}.values())
+    moved = offload and device.type != "cpu"
+    return max((s.weights if moved else together) + allocated(s) for s in stages.values())
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers."""
+    return chain(module.parameters(), module.buffers())
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+
+class _Ledger(TorchDispatchMode):
+    """Bytes of the storages that live, and the most there were, while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def hold(self, tensor: Tensor) -> None:
+        """Count a tensor's storage for nothing: it was there before."""
+        self.known[tensor.untyped_storage()] = 0
+
+    def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = f(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._enter(tensor.untyped_storage())
+        return out
+
+    def _enter(self, storage: Any) -> None:
+        if storage in self.known:
+            return
+        size = self.known[storage] = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._leave, size)
+
+    def _leave(self, size: int) -> None:
+        self.now -= size
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as the fused kernels do it: nothing but the result. On meta, torch would count its scores."""
+
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if f is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        return f(*args, **(kwargs or {}))
+
+
+def allocated(stage: Stage) -> int:
+    """Bytes that a stage allocates at its peak beyond its weights."""
+    ghost, ledger = on_meta(stage.module), _Ledger()
+    for tensor in tensors_of(ghost):
+        ledger.hold(tensor)
+    with torch.no_grad(), torch.device("meta"), _FusedAttention(), ledger:
+        stage.call(ghost)
+    return ledger.peak
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy of a module whose tensors have shapes and dtypes, and no numbers."""
+    shape_of = lambda t: t.detach().to("meta").requires_grad_(t.requires_grad)
+    ghosts = {id(t): nn.Parameter(shape_of(t), t.requires_grad) for t in module.parameters()}
+    return copy.deepcopy(module, ghosts | {id(t): shape_of(t) for t in module.buffers()})
+
+
+# -- moving ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def at_work(module: nn.Module, device: torch.device, offload: bool) -> Iterator[None]:
+    """The module on the device; with `offload` only inside the block. Its tensors on the CPU stay, so leaving is free."""
+    tensors = [t for t in tensors_of(module) if t.device != device]
+    homes = [t.data for t in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device)
+    try:
+        yield
+    finally:
+        if offload:
+            for tensor, home in zip(tensors, homes):
+                tensor.data = home
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could still be allocated on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return _proc("/proc/meminfo", "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Peak:
+    """The most memory in use inside a `with` block: `.bytes` on a GPU's allocator, or of this process on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.bytes = device, 0
+
+    def __enter__(self) -> "Peak":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with suppress(OSError):  # "5" forgets the high-water mark: proc_pid_clear_refs(5)
+                Path("/proc/self/clear_refs").write_text("5")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.bytes = _proc("/proc/self/status", "VmHWM")
+
+
+def _proc(file: str, key: str) -> int:
+    """A line "Key:  123 kB" of a file of /proc, in bytes; 0 where there is none."""
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)

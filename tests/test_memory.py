@@ -1,0 +1,97 @@
+"""The expected peak is what the allocations add up to; moving a component changes none of its numbers."""
+
+import pytest
+import torch
+from torch import nn
+
+from nanodiffusion.errors import UserError
+from nanodiffusion.memory import GIB, PLANS, Peak, Stage, allocated, at_work, choose, expected_peak, free_memory, on_meta
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+class Doubling(nn.Module):
+    """1 MiB in, twice doubled in size: alive together are at most 2 MiB and 4 MiB."""
+
+    def forward(self, x):
+        x = torch.cat([x, x])
+        return torch.cat([x, x])
+
+
+def stage(n: int = 2**18) -> Stage:
+    return Stage(Doubling(), lambda m: m(torch.empty(n)))
+
+
+def test_the_ledger_counts_what_lives_together():
+    mib = 2**20
+    assert allocated(stage()) == (1 + 2 + 4) * mib  # the caller's own tensor lives on while its doubles are made
+    chain = Stage(nn.Sequential(*[nn.ReLU() for _ in range(9)]), lambda m: m(torch.empty(2**18)))
+    assert allocated(chain) == 3 * mib  # the argument, and the last two of the chain
+
+
+def test_weights_are_not_counted_as_allocations():
+    net = nn.Linear(1000, 1000, bias=False)
+    assert allocated(Stage(net, lambda m: m(torch.empty(1, 1000)))) == 2 * 4000
+    assert Stage(net, lambda m: None).weights == 4_000_000
+
+
+def test_attention_is_counted_without_its_scores():
+    attend = torch.nn.functional.scaled_dot_product_attention
+    n = 4096
+    heads = Stage(nn.Identity(), lambda m: attend(*[m(torch.empty(1, 8, n, 8))] * 3))
+    assert allocated(heads) == 2 * 8 * n * 8 * 4
+
+
+def test_offloading_counts_one_component_at_a_time_where_there_is_somewhere_to_go():
+    a, b = (Stage(nn.Linear(n, n, bias=False), lambda m: m(torch.empty(1, m.in_features))) for n in (500, 1000))
+    both = 4 * (500**2 + 1000**2)
+    assert expected_peak({"a": a, "b": b}, False, torch.device("cuda")) == both + 8000
+    assert expected_peak({"a": a, "b": b}, True, torch.device("cuda")) == 4 * 1000**2 + 8000
+    assert expected_peak({"a": a, "b": b}, True, CPU) == both + 8000
+
+
+def test_auto_takes_the_first_plan_that_fits():
+    free = free_memory(CPU)
+    needs = {"fast": free, "balanced": free // 2, "low": free // 4}
+    stages = lambda plan: {"x": Stage(nn.Identity(), lambda m: torch.empty(needs[plan.name] // 4))}
+    assert choose("auto", stages, CPU).name == "balanced"
+    assert choose("fast", stages, CPU).name == "fast"
+    assert choose("auto", lambda plan: {"x": stage(2**50)}, CPU).name == "low"
+
+
+def test_a_module_at_work_comes_back_bit_for_bit():
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    pointers = [p.data_ptr() for p in net.parameters()]
+    with at_work(net, CPU, offload=True):
+        pass
+    assert [p.data_ptr() for p in net.parameters()] == pointers
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_ghost_has_shapes_and_no_numbers():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    ghost = on_meta(net)
+    assert {k: (v.shape, v.device) for k, v in ghost.state_dict().items()} == {
+        k: (v.shape, META) for k, v in net.state_dict().items()
+    }
+    assert all(v.device == CPU for v in net.state_dict().values())
+
+
+def test_the_measured_peak_contains_what_was_allocated():
+    with Peak(CPU) as before:
+        pass
+    if not before.bytes:
+        pytest.skip("this system tells no high-water mark")
+    with Peak(CPU) as peak:
+        torch.ones(2**26)  # 256 MiB
+    assert 0.9 * GIB / 4 < peak.bytes - before.bytes < 1.3 * GIB / 4
+
+
+def test_an_unknown_plan_names_the_valid_ones():
+    with pytest.raises(UserError, match="balanced"):
+        choose("turbo", lambda plan: {}, CPU)
+
+
+def test_a_plan_says_what_it_does():
+    assert "tiles of 64" in str(PLANS["low"]) and "everything at once" in str(PLANS["fast"])
