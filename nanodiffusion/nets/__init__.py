@@ -17,15 +17,21 @@ from nanodiffusion.errors import lookup
 from nanodiffusion.nets.dit import DiT, DiTConfig
 from nanodiffusion.nets.ideal import IdealDenoiser
 from nanodiffusion.nets.mlp import MLP, MLPConfig
+from nanodiffusion.nets.sd_unet import SD15, SD21, SDXL, SDUNet, SDUNetConfig
 from nanodiffusion.nets.unet import UNet, UNetConfig
 
 __all__ = [
     "MLP",
     "NETS",
+    "SD15",
+    "SD21",
+    "SDXL",
     "DiT",
     "DiTConfig",
     "IdealDenoiser",
     "MLPConfig",
+    "SDUNet",
+    "SDUNetConfig",
     "UNet",
     "UNetConfig",
     "build_net",
