@@ -4,7 +4,8 @@ A bound denoiser is (x (b ...), sigma (b)) -> x0 (b ...), what a sampler takes.
 """
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -93,3 +94,31 @@ def loss_guidance(
         return (x0 - scale * variance * gradient).detach()
 
     return guided
+
+
+def keep(D: Bound, x0_known: Tensor, mask: Tensor) -> Bound:
+    """D where mask (b 1 h w) is 1, x0_known (b c h w) where it is 0, their mean between: inpainting with any model.
+
+    A step of an ODE solver moves x straight toward a mean of its D, so what is known stays x0_known + sigma eps, with one
+    eps: the same as blending it in again after every step (as in Lugmayr et al. 2022, without their resampling).
+    """
+
+    def kept(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.lerp(x0_known.to(x), D(x, sigma), mask.to(x).expand_as(x))
+
+    return kept
+
+
+def stepwise(levels: Sequence[float], denoisers: Sequence[Bound]) -> Bound:
+    """Another denoiser for every step of a ladder: the i-th where levels[i+1] < sigma <= levels[i].
+
+    levels (k) or (k+1), decreasing; denoisers (k). Above the first and below the last level the nearest step's.
+    A function of sigma alone, so that a solver may ask within or twice per step. Repeat a denoiser for a window.
+    """
+    falling = [-float(level) for level in levels][: len(denoisers)]
+
+    def chosen(x: Tensor, sigma: Tensor) -> Tensor:
+        step = bisect_right(falling, -float(sigma[0])) - 1
+        return denoisers[max(step, 0)](x, sigma)
+
+    return chosen

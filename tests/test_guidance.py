@@ -1,5 +1,6 @@
 """Guidance in D-space: the papers' formulas, diffusers' rescaling, analytic gradients of a loss."""
 
+import itertools
 import math
 from functools import partial
 
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 
 from nanodiffusion import guidance, noise
 from nanodiffusion.denoiser import PREDICTIONS, Denoiser
-from nanodiffusion.sampler import euler, heun, sample
+from nanodiffusion.sampler import STEPS, euler, heun, sample
 
 F64 = torch.float64
 close = partial(assert_close, rtol=1e-12, atol=1e-12)
@@ -188,3 +189,63 @@ def test_guidance_samples_the_tilted_gaussian():
     *_, state = sample(guided, x, noise.karras(noise.log_linear(100, 0.002, 10.0), 400), heun)
     mean = 2 * w - 1
     assert_close(state.x, mean + (x - mean) / math.sqrt(1 + 10**2), rtol=0, atol=2e-3)
+
+
+# -- keep: what is known is held in D
+
+KNOWN, HOLE = normal(6, 2, 3, 5, 4), torch.zeros(2, 1, 5, 4, dtype=F64)
+HOLE[0, :, 1:3, 2:], HOLE[1, :, :, 0] = 1, 1
+
+
+def smooth(x, sigma):
+    return torch.tanh(x + x.roll(1, -1)) / (1 + sigma.to(x)[:, None, None, None])
+
+
+def test_keep_is_the_known_where_the_mask_is_0_and_d_where_it_is_1():
+    x, sigma = normal(7, 2, 3, 5, 4), torch.full((2,), 2.0, dtype=F64)
+    out, d = guidance.keep(smooth, KNOWN, HOLE)(x, sigma), smooth(x, sigma)
+    hole = HOLE.expand_as(x) == 1
+    assert torch.equal(out[~hole], KNOWN[~hole]) and torch.equal(out[hole], d[hole])
+    soft = 0.3 * HOLE
+    close(guidance.keep(smooth, KNOWN, soft)(x, sigma), KNOWN + soft * (d - KNOWN))
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "rk4", "lms", "dpmpp_2m", "unipc", "gradient_estimation"])
+def test_under_keep_every_ode_step_is_a_step_with_the_known_blended_in_after_it(name):
+    """Blending replaces x by KNOWN + sigma eps outside the hole, with the eps of the start (RePaint's, without renoising)."""
+    eps, ladder = normal(8, 2, 3, 5, 4), torch.tensor([8.0, 5.0, 2.5, 1.0, 0.4, 0.0])
+    start = KNOWN + 8 * eps
+    D = guidance.keep(smooth, KNOWN, HOLE)
+    for state in sample(D, start, ladder, STEPS[name]):
+        outside = (KNOWN + state.sigma_next * eps) * (1 - HOLE)
+        close(state.x * (1 - HOLE), outside, atol=1e-10)
+
+
+def test_under_keep_a_multistep_solver_sees_inside_the_hole_what_blending_shows_it():
+    eps, levels = normal(8, 2, 3, 5, 4), [8.0, 5.0, 2.5, 1.0, 0.4, 0.0]
+    x, memory = KNOWN + 8 * eps, None
+    for s, s_next in itertools.pairwise(levels):  # the plain solver, blended after every step
+        x, _, memory = STEPS["dpmpp_2m"](smooth, x, s, s_next, memory, torch.zeros_like)
+        x = HOLE * x + (1 - HOLE) * (KNOWN + s_next * eps)
+    ladder = torch.tensor(levels, dtype=F64)
+    *_, last = sample(guidance.keep(smooth, KNOWN, HOLE), KNOWN + 8 * eps, ladder, STEPS["dpmpp_2m"])
+    close(last.x, x, atol=1e-10)
+
+
+# -- stepwise: another denoiser for every step
+
+
+@pytest.mark.parametrize(
+    ("sigma", "step"), [(20.0, 0), (10.0, 0), (9.9, 0), (4.0, 1), (3.0, 1), (1.0, 2), (0.5, 2), (0.0, 2)]
+)
+@pytest.mark.parametrize("levels", [[10.0, 4.0, 1.0], [10.0, 4.0, 1.0, 0.0]])
+def test_stepwise_asks_the_denoiser_of_the_step_a_level_belongs_to(levels, sigma, step):
+    D = guidance.stepwise(levels, [lambda x, s, i=i: x + i for i in range(3)])
+    assert torch.equal(D(torch.zeros(1), torch.tensor([sigma])), torch.full((1,), float(step)))
+
+
+def test_a_solver_asks_the_denoiser_of_the_level_it_looks_at():
+    asked, ladder = [], torch.tensor([9.0, 3.0, 1.0, 0.0])
+    record = lambda i: lambda x, s: (asked.append(i), x)[1]
+    [*sample(guidance.stepwise(ladder.tolist(), [record(i) for i in range(3)]), X, ladder, heun)]
+    assert asked == [0, 1, 1, 2, 2]
