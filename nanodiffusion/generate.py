@@ -9,16 +9,19 @@ Each argument becomes a tensor of cond, a wrapper of the denoiser or another sta
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanodiffusion.draw import make_ladder, make_step
 from nanodiffusion.errors import UserError
 from nanodiffusion.guidance import Bound, keep
+from nanodiffusion.memory import Plan, Stage, choose
+from nanodiffusion.nets.controlnet import Controlled
 from nanodiffusion.nets.inpaint import InpaintTokens
 from nanodiffusion.noise import Schedule, given_sigmas, given_timesteps
 from nanodiffusion.pretrained import Bundle
@@ -31,6 +34,7 @@ from nanodiffusion.request import (
     Loss,
     Picture,
     complete,
+    pictures_of,
     settle,
 )
 from nanodiffusion.sampler import ImageNoise, State, Step, sample, start
@@ -40,11 +44,11 @@ from nanodiffusion.tasks import (
     between,
     conditioning,
     denoiser_of,
-    device_of,
     know,
     pixels,
     ready,
     slerp,
+    text_nets,
     to_image,
     walk,
     with_known,
@@ -63,6 +67,7 @@ __all__ = [
     "generate",
     "paste",
     "pictures",
+    "plan",
     "prepare",
     "settle",
     "slerp",
@@ -83,13 +88,16 @@ class Job:
     step: Step
     config: GenerateConfig
     seeds: list[int]
+    bundle: Bundle
+    nets: tuple[nn.Module, ...]  # what D calls
 
     def states(self) -> Iterator[State]:
         """The states after every step; each call starts again."""
         noise = ImageNoise(self.seeds)
         noise.draw(*self.x.shape[1:])  # that of the start
-        for state in sample(self.D, self.x, self.sigmas, self.step, noise):
-            yield state if state.sigma_next else state._replace(x=self._shifted(state.x))
+        with self.bundle.at_work(*self.nets):
+            for state in sample(self.D, self.x, self.sigmas, self.step, noise):
+                yield state if state.sigma_next else state._replace(x=self._shifted(state.x))
 
     def _shifted(self, x: Tensor) -> Tensor:
         """x with channels 0 and 3 of the latent moved: what transformer latent diffusion calls brightness and sharpness."""
@@ -142,7 +150,63 @@ def prepare(bundle: Bundle, config: GenerateConfig, inputs: Inputs | None = None
     D = with_loss(bundle, config, D, sigmas, inputs.loss)
     if known.held:
         D = keep(D, known.x0, known.mask)
-    return Job(D, x.to(device_of(bundle)), sigmas, step, config, seeds)
+    nets = (bundle.denoiser.net, *(c.net for c in inputs.controls))
+    return Job(D, x.to(bundle.device), sigmas, step, config, seeds, bundle, nets)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def plan(bundle: Bundle, config: GenerateConfig, inputs: Inputs | None = None, memory: str = "auto") -> Plan:
+    """Choose how memory is spent on such pictures, by name or by what is free, and let the bundle work by it.
+
+    UserError when the name is unknown. Moving networks away needs load_pretrained(..., offload=True).
+    """
+    inputs = inputs or Inputs()
+    config = complete(bundle, config, inputs)
+    chosen = choose(memory, partial(stages, bundle, config, inputs), bundle.device)
+    bundle.plan, bundle.codec.tile, bundle.codec.slices = chosen, chosen.tile, chosen.slices
+    return chosen
+
+
+def stages(bundle: Bundle, config: GenerateConfig, inputs: Inputs, how: Plan) -> dict[str, Stage]:
+    """What a run does, in order, with meta tensors of the shapes that it meets."""
+    b = pictures_of(config, inputs)
+    h, w = (side // bundle.codec.factor for side in (config.height, config.width))
+    latent = (bundle.codec.latent_channels, h, w)
+
+    def decode(codec: Any) -> Tensor:
+        codec.tile, codec.slices = how.tile, how.slices
+        return codec.decode(torch.empty(b, *latent))
+
+    def read(nets: Any) -> list[Any]:
+        return [net(torch.zeros(2 * b, net.config.positions, dtype=torch.int64)) for net in nets]
+
+    controls = [c.net for c in inputs.controls]
+    step = partial(_one_step, b if config.guidance == 1 else 2 * b, latent)
+    return {
+        "text": Stage(nn.ModuleList(text_nets(bundle)), read),
+        "denoiser": Stage(nn.ModuleList([bundle.denoiser.net, *controls]), step),
+        "codec": Stage(bundle.codec, decode),
+    }
+
+
+def _one_step(b: int, latent: tuple[int, int, int], nets: Any) -> Tensor:
+    """The U-Net with its ControlNets on b rows."""
+    unet, *controls = nets
+    c, (_, h, w) = unet.config, latent
+    dtype = unet.conv_in.weight.dtype
+    new = partial(torch.empty, dtype=dtype)
+    cond: dict[str, Any] = {"context": new(b, 77, c.context_dim)}
+    if c.added_dim:
+        cond |= {"pooled": new(b, c.pooled_dim), "sizes": torch.zeros(b, 6, dtype=torch.int64)}
+    if extra := c.channels_in - latent[0] or c.pass_through:
+        cond["concat"] = new(b, extra, h, w)
+    if controls:
+        cond["hints"] = tuple(new(b, n.config.widths[0] if n.control.hint_channels else 5, h, w) for n in controls)
+        cond["strengths"] = tuple(new(b, n.count) for n in controls)
+    net = Controlled(unet, controls) if controls else unet
+    return net(new(b, *latent), torch.zeros(b), **cond)
 
 
 # -- the start ---------------------------------------------------------------------------------------------------------

@@ -170,6 +170,14 @@ def unet_of(bundle: Bundle) -> SDUNet:
     return cast(SDUNet, bundle.denoiser.net)
 
 
+def pictures_of(config: GenerateConfig, inputs: Inputs) -> int:
+    """How many pictures are made at once."""
+    if config.frames:
+        return config.frames
+    given = inputs.embeddings[0] if isinstance(inputs.embeddings, tuple) else inputs.embeddings
+    return config.n * (len(config.prompt) if given is None else len(given["context"]))
+
+
 def wants_mask(bundle: Bundle) -> bool:
     """Whether the U-Net itself takes the mask and the masked latent."""
     c = unet_of(bundle).config

@@ -30,13 +30,9 @@ from nanodiffusion.request import (
     unet_of,
     wants_mask,
 )
+from nanodiffusion.text import CLIPText
 
 Conds = list[dict[str, Any]]  # [cond] without guidance, [cond, uncond] with it
-
-
-def device_of(bundle: Bundle) -> torch.device:
-    """Where the denoiser is."""
-    return next(bundle.denoiser.parameters()).device
 
 
 # -- text and sizes ----------------------------------------------------------------------------------------------------
@@ -52,7 +48,7 @@ def conditioning(bundle: Bundle, config: GenerateConfig, embeddings: Embeddings 
     shapes = [tuple(c["context"].shape) for c in both]
     if shapes[0] != shapes[-1]:
         raise UserError("cond and uncond differ in shape", key="embeddings", expected=shapes[0], found=shapes[1])
-    device = device_of(bundle)
+    device = bundle.device
     conds = [tree_map(lambda v: v.to(device), _spread(c, config)) for c in both]
     if bundle.family.sizes:
         for c, prefix in zip(conds, ("", "negative_")):
@@ -68,14 +64,22 @@ def encode(bundle: Bundle, config: GenerateConfig) -> tuple[Cond, Cond | None]:
     if not negative and not bundle.family.zero_uncond:
         negative = [""]
     wanted = negative * (p // len(negative)) if negative and config.guidance != 1 else None
-    return bundle.text.encode(config.prompt, wanted, clip_skip=config.clip_skip, prompts_2=config.prompt_2 or None)
+    second = config.prompt_2 or None
+    with bundle.at_work(*text_nets(bundle)):
+        return bundle.text.encode(config.prompt, wanted, clip_skip=config.clip_skip, prompts_2=second)
+
+
+def text_nets(bundle: Bundle) -> list[CLIPText]:
+    """The text encoders."""
+    return [part.net for part in bundle.text.parts]
 
 
 def _given(bundle: Bundle, config: GenerateConfig, embeddings: Embeddings) -> tuple[Cond, Cond | None]:
     cond, uncond = embeddings if isinstance(embeddings, tuple) else (embeddings, None)
     if uncond is None and config.guidance != 1 and not bundle.family.zero_uncond:
         b, m = cond["context"].shape[:2]
-        empty = bundle.text.encode([""] * b)[0]
+        with bundle.at_work(*text_nets(bundle)):
+            empty = bundle.text.encode([""] * b)[0]
         chunks = max(1, m // empty["context"].shape[1])  # a long prompt has several
         uncond = {**empty, "context": empty["context"].repeat(1, chunks, 1)}
     return cond, uncond
@@ -144,7 +148,7 @@ class Known:
 
 def know(bundle: Bundle, config: GenerateConfig, inputs: Inputs, b: int) -> Known:
     """The picture and the mask in the codec's space, for b pictures."""
-    codec, device = bundle.codec, device_of(bundle)
+    codec, device = bundle.codec, bundle.device
     shape = (b, codec.latent_channels, config.height // codec.factor, config.width // codec.factor)
     if inputs.image is None:
         return Known(shape)
@@ -206,12 +210,14 @@ def rows(x: Tensor, config: GenerateConfig, b: int, key: str) -> Tensor:
 
 def to_latent(bundle: Bundle, image: Tensor) -> Tensor:
     """The codec's mean latent, in image's dtype: (b 3 H W) in [-1, 1] -> (b c h w)."""
-    return bundle.codec.encode(image.to(next(bundle.codec.parameters(), image).device))
+    with bundle.at_work(bundle.codec):
+        return bundle.codec.encode(image.to(bundle.device))
 
 
 def to_image(bundle: Bundle, x0: Tensor) -> Tensor:
     """The codec's picture of a latent, in its dtype: (b c h w) -> (b 3 H W), about [-1, 1]."""
-    return bundle.codec.decode(x0.to(next(bundle.codec.parameters(), x0).device))
+    with bundle.at_work(bundle.codec):
+        return bundle.codec.decode(x0.to(bundle.device))
 
 
 def with_known(bundle: Bundle, conds: Conds, known: Known, tokens: InpaintTokens | None) -> Conds:
@@ -219,8 +225,8 @@ def with_known(bundle: Bundle, conds: Conds, known: Known, tokens: InpaintTokens
     if wants_mask(bundle):
         conds = [{**c, "concat": known.concat} for c in conds]
     if tokens is not None:
-        device = next(tokens.parameters()).device
-        more = tokens(known.masked.to(device), known.mask.to(device))
+        with bundle.at_work(tokens):
+            more = tokens(known.masked.to(bundle.device), known.mask.to(bundle.device))
         conds = [{**c, "context": torch.cat([c["context"], more.to(c["context"])], 1)} for c in conds]
     return conds
 
@@ -255,11 +261,12 @@ def ready(bundle: Bundle, config: GenerateConfig, inputs: Inputs, known: Known) 
 
 def _features(bundle: Bundle, config: GenerateConfig, adapter: AdapterInput, known: Known) -> tuple[Tensor, ...]:
     image = pixels(adapter.image, config, "adapter", adapter.net.config.channels_in)
-    features = adapter.net(image.to(next(adapter.net.parameters()).device))
+    with bundle.at_work(adapter.net):
+        features = adapter.net(image.to(bundle.device))
     widths, mine = [f.shape[1] for f in features], unet_of(bundle).config.widths
     if not all(a == b for a, b in zip(widths, mine)):
         raise UserError("this adapter belongs to another family", key="adapter", expected=mine, found=widths)
-    return tuple(rows(f, config, known.shape[0], "adapter").to(device_of(bundle)) for f in features)
+    return tuple(rows(f, config, known.shape[0], "adapter") for f in features)
 
 
 def _hint(bundle: Bundle, config: GenerateConfig, control: Control, known: Known) -> Tensor:
@@ -275,7 +282,8 @@ def _hint(bundle: Bundle, config: GenerateConfig, control: Control, known: Known
         raise UserError(what, key="control", fix="image=... mask=...")
     else:
         given = known.concat if control.image is None else _pixels(control.image, 3, 0)
-    return rows(net.embed(given.to(weight.device)), config, known.shape[0], "control").to(device_of(bundle))
+    with bundle.at_work(net):
+        return rows(net.embed(given.to(bundle.device)), config, known.shape[0], "control")
 
 
 def _check_dtype(bundle: Bundle, dtype: torch.dtype) -> None:

@@ -1,11 +1,27 @@
 """The expected peak is what the allocations add up to; moving a component changes none of its numbers."""
 
+from contextlib import contextmanager
+
 import pytest
+import sd_files
 import torch
 from torch import nn
 
 from nanodiffusion.errors import UserError
-from nanodiffusion.memory import GIB, PLANS, Peak, Stage, allocated, at_work, choose, expected_peak, free_memory, on_meta
+from nanodiffusion.generate import GenerateConfig, Inputs, complete, generate, pictures, plan, settle, stages
+from nanodiffusion.memory import (
+    GIB,
+    PLANS,
+    Peak,
+    Stage,
+    allocated,
+    at_work,
+    choose,
+    expected_peak,
+    free_memory,
+    on_meta,
+)
+from nanodiffusion.pretrained import load_pretrained
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -95,3 +111,44 @@ def test_an_unknown_plan_names_the_valid_ones():
 
 def test_a_plan_says_what_it_does():
     assert "tiles of 64" in str(PLANS["low"]) and "everything at once" in str(PLANS["fast"])
+
+
+# -- plans of a whole run ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["fast", "balanced", "low", "auto"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_memory_plan_changes_where_the_work_is_done_and_not_its_result(family, memory):
+    bundle = load_pretrained(sd_files.tree(family), device="cpu", offload=True)
+    wanted = list(generate(bundle, "a cat", steps=2, width=64, height=64))[-1].x
+    chosen = plan(bundle, settle(GenerateConfig(), prompt="a cat", width=64, height=64, n=2), memory=memory)
+    assert memory in ("auto", chosen.name) and chosen.expected > 0
+    made = list(generate(bundle, "a cat", steps=2, width=64, height=64))[-1].x
+    torch.testing.assert_close(made, wanted, rtol=0, atol=0)
+    assert (bundle.codec.tile, bundle.codec.slices) == (chosen.tile, chosen.slices)
+
+
+def test_only_what_works_is_on_the_device(monkeypatch):
+    bundle = load_pretrained(sd_files.tree("sdxl"), device="cpu", offload=True)
+    bundle.plan = PLANS["balanced"]
+    held, most = [], []
+
+    @contextmanager
+    def watched(net, device, offload):
+        held.append(net)
+        most.append(len(held))
+        yield
+        held.remove(net)
+
+    monkeypatch.setattr("nanodiffusion.pretrained.at_work", watched)
+    *_, last = generate(bundle, "a cat", steps=2, width=64, height=64)
+    pictures(bundle, last.x)
+    assert not held and max(most) == 2  # both text encoders; then the U-Net, then the codec
+
+
+def test_the_expected_peak_of_decoding_falls_with_slices_and_tiles():
+    bundle = load_pretrained(sd_files.tree("sd1"), device="cpu")
+    config = settle(GenerateConfig(), prompt="a cat", width=1024, height=1024, n=2)
+    config = complete(bundle, config, Inputs())
+    peaks = {name: allocated(stages(bundle, config, Inputs(), how)["codec"]) for name, how in PLANS.items()}
+    assert peaks["balanced"] < 0.6 * peaks["fast"] and peaks["low"] < 0.6 * peaks["balanced"]

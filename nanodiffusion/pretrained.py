@@ -1,0 +1,813 @@
+"""Published checkpoints of Stable Diffusion 1.x, 2.x and SDXL as a Bundle: denoiser, codec, text and schedule.
+
+This is the only file that knows what the families are. A model is a name on the hub, a folder as diffusers writes it, or a
+single .safetensors in the original layout. It is told by its configs and its tensors, never by its name.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nanodiffusion import architecture as arch
+from nanodiffusion.codec import SD_VAE, SDXL_VAE, AutoencoderKL, AutoencoderKLConfig, TinyAutoencoder
+from nanodiffusion.denoiser import Denoiser
+from nanodiffusion.distributed import pick_device
+from nanodiffusion.errors import UserError, lookup
+from nanodiffusion.hub import Place, cached, locate
+from nanodiffusion.layouts import Piece, detect, originals, rename
+from nanodiffusion.memory import PLANS, Plan, at_work
+from nanodiffusion.nets.adapter import Adapter
+from nanodiffusion.nets.controlnet import ControlNet
+from nanodiffusion.nets.sd_unet import SDUNet, SDUNetConfig
+from nanodiffusion.noise import SCHEDULES, SIGMA_CAP, Schedule, from_betas, ldm
+from nanodiffusion.prompts import TextEncoder, TextPart
+from nanodiffusion.text import CLIPText, CLIPTokenizer, TextConfig
+from nanodiffusion.weights import PICKLES, STEMS, Source, disk_errors, load, read_json, save, source_of, sync, variants
+
+# -- the families --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One text encoder of a family: what its activation is, what is read from it, and the id that pads its prompts."""
+
+    activation: str
+    layer: int = -1
+    norm: bool = True
+    pooled: bool = False
+    pad: int | None = None  # None: the end token
+
+
+@dataclass(frozen=True)
+class Family:
+    """What checkpoints of a family have in common and no file says."""
+
+    name: str
+    size: int  # natural side of a picture, in pixels
+    guidance: float  # the usual scale
+    texts: tuple[TextRow, ...]
+    scale: float  # of the latents
+    sizes: bool = False  # takes the picture's sizes as conditioning
+    zero_uncond: bool = False  # trained with zeros, not with the encoded "", as the empty prompt
+
+
+FAMILIES = {
+    "sd1": Family("sd1", 512, 7.5, (TextRow("quick_gelu"),), SD_VAE.scale),
+    "sd2": Family("sd2", 768, 7.5, (TextRow("gelu", pad=0),), SD_VAE.scale),
+    "sdxl": Family(
+        "sdxl",
+        1024,
+        5.0,
+        (TextRow("quick_gelu", -2, False), TextRow("gelu", -2, False, True, pad=0)),
+        SDXL_VAE.scale,
+        sizes=True,
+        zero_uncond=True,
+    ),
+}
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+BETAS = {"scaled_linear": "ldm", "linear": "ddpm", "squaredcos_cap_v2": "cosine_beta", "sigmoid": "sigmoid_beta"}
+TEXTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))  # their folders
+# Where the vocabulary that all these families share is likely to lie in the cache, for files that bring none.
+VOCABULARIES = (
+    "openai/clip-vit-large-patch14",
+    "stabilityai/stable-diffusion-xl-base-1.0/tokenizer",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5/tokenizer",
+    "runwayml/stable-diffusion-v1-5/tokenizer",
+    "CompVis/stable-diffusion-v1-4/tokenizer",
+    "stabilityai/stable-diffusion-2-1/tokenizer",
+)
+
+
+def family_of(config: SDUNetConfig) -> Family:
+    """The family of a U-Net: SDXL's takes sizes, SD 2.x' has linear projections about its transformers."""
+    return FAMILIES["sdxl" if config.added_dim else "sd2" if config.linear_projection else "sd1"]
+
+
+@dataclass
+class Bundle:
+    """A checkpoint ready for use. source: its name, commit (of the hub, or None) and weight files; JSON-able."""
+
+    family: Family
+    denoiser: Denoiser
+    codec: AutoencoderKL
+    text: TextEncoder
+    schedule: Schedule
+    source: dict[str, Any]
+    scheduler: dict[str, Any] = field(default_factory=dict)  # scheduler_config.json as it came
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where the work is done
+    plan: Plan = PLANS["fast"]  # how memory is spent; see `memory.choose`
+
+    @contextmanager
+    def at_work(self, *nets: nn.Module) -> Iterator[None]:
+        """The nets on `device` inside the block; afterwards too, unless the plan sends them back."""
+        with ExitStack() as stack:
+            for net in nets:
+                stack.enter_context(at_work(net, self.device, self.plan.offload))
+            yield
+
+    @property
+    def config(self) -> SDUNetConfig:
+        """The U-Net's."""
+        return self.denoiser.net.config  # type: ignore[return-value]
+
+    def sha256(self) -> str:
+        """SHA-256 of the file, or of all weight files' digests in order; read once, then remembered in `source`."""
+        if "sha256" not in self.source:
+            digests = [_digest(Path(file)) for file in self.source["files"]]
+            whole = hashlib.sha256("".join(digests).encode()).hexdigest()
+            self.source["sha256"] = digests[0] if len(digests) == 1 else whole
+        return self.source["sha256"]
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+# -- one network ---------------------------------------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """How a component is found, described and built."""
+
+    words: str
+    folder: str
+    model: str  # its class in diffusers
+    from_json: Callable[[Mapping[str, Any], Path], Any]
+    from_shapes: Callable[..., Any]
+    build: Callable[[Any], nn.Module]
+
+
+KINDS = {
+    "unet": Kind("U-Net", "unet", "UNet2DConditionModel", arch.unet_config, arch.unet_of_shapes, SDUNet),
+    "vae": Kind("KL autoencoder", "vae", "AutoencoderKL", arch.vae_config, arch.vae_of_shapes, AutoencoderKL),
+    "controlnet": Kind(
+        "ControlNet", "controlnet", "ControlNetModel", arch.controlnet_config, arch.controlnet_of_shapes, ControlNet
+    ),
+    "adapter": Kind("T2I-Adapter", "adapter", "T2IAdapter", arch.adapter_config, arch.adapter_of_shapes, Adapter),
+    "tiny_vae": Kind(
+        "tiny autoencoder", "vae", "AutoencoderTiny", arch.tiny_config, arch.tiny_of_shapes, TinyAutoencoder
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one network's weights are, and what describes it: `component` as layouts calls it, config.json if there is one."""
+
+    component: str
+    words: str
+    source: Source
+    config: Path | None
+
+    @cached_property
+    def pieces(self) -> Mapping[str, Piece]:
+        """Our names -> where they are read. UserError: another kind of file, or names that belong to nothing."""
+        plan = rename(self.source.entries)
+        if self.component not in plan.components:
+            raise _wrong_kind(self.source, self.words)
+        if plan.unknown:
+            few = ", ".join(plan.unknown[:3]) + (", ..." if len(plan.unknown) > 3 else "")
+            found = f"{len(plan.unknown)} that belong to nothing here: {few}"
+            raise UserError("this file has tensors of something else", file=self.source.where, found=found)
+        return plan.components[self.component]
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Our names -> shapes."""
+        return self.source.shapes_of(self.pieces)
+
+    def load(self, build: Callable[[], nn.Module], dtype: torch.dtype | None, device: torch.device) -> Any:
+        """The network with its weights."""
+        return load(build, self.source, dtype, device, lambda _: self.pieces)
+
+    def described(self, from_shapes: Callable[..., Any], *args: Any) -> Any:
+        """A config off the tensors' shapes. UserError: tensors are missing that tell it."""
+        try:
+            return from_shapes(self.shapes, *args)
+        except (KeyError, IndexError, ValueError) as e:
+            found = f"no sound {e}"
+            raise UserError(f"this is no whole {self.words}", file=self.source.where, found=found) from e
+
+
+def _wrong_kind(source: Source, words: str) -> UserError:
+    guess = detect(source.shapes)
+    found = " ".join(filter(None, [guess.family, guess.kind.replace("_", " ")])) + "".join(
+        f"; {n}" for n in guess.notes
+    )
+    return UserError(f"this file holds no {words}", file=source.where, expected=f"a {words}", found=found[:300])
+
+
+def _in_folder(folder: Path, component: str, words: str, name: str, variant: str | None) -> Part:
+    """A component in its own folder, or in the one of that name inside a pipeline's."""
+    folder = folder / name if (folder / name).is_dir() else folder
+    config = folder / "config.json"
+    if (folder / "model_index.json").is_file():
+        raise _lacks(folder, name)
+    if variant and variant not in variants(folder) and _has_plain(folder):
+        warnings.warn(f"{folder} has no variant {variant}: its plain weights are used", stacklevel=2)
+        variant = None
+    return Part(component, words, source_of(folder, variant), config if config.is_file() else None)
+
+
+def _has_plain(folder: Path) -> bool:
+    names = [f"{stem}{end}" for stem in STEMS for end in (".safetensors", ".safetensors.index.json")]
+    return any((folder / name).is_file() for name in names)
+
+
+def _lacks(folder: Path, name: str) -> UserError:
+    has = ", ".join(sorted(f.name for f in folder.iterdir() if f.is_dir())) or "no folders"
+    return UserError("this checkpoint lacks a component", file=folder, key=name, expected=f"a folder {name}", found=has)
+
+
+def _part(path: Path, component: str, variant: str | None) -> Part:
+    kind = KINDS[component]
+    if path.is_dir():
+        return _in_folder(path, component, kind.words, kind.folder, variant)
+    beside = path.parent / "config.json"
+    described = beside.is_file() and path.name.startswith(STEMS) and read_json(beside).get("_class_name") == kind.model
+    return Part(component, kind.words, source_of(path), beside if described else None)
+
+
+def _config(part: Part, *args: Any) -> Any:
+    """The config of a part, from its config.json or, without one, from its tensors' shapes."""
+    kind = KINDS[part.component]
+    if part.config is None:
+        return part.described(kind.from_shapes, *args)
+    return kind.from_json(read_json(part.config), part.config)
+
+
+class Options(NamedTuple):
+    """What all loaders take."""
+
+    dtype: torch.dtype | None  # None: as in the file
+    device: torch.device
+
+
+def _options(dtype: str | torch.dtype, device: str | torch.device) -> Options:
+    where = pick_device(str(device))
+    half = torch.bfloat16 if where.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
+    auto = torch.float32 if where.type == "cpu" else half
+    table = {"auto": auto, "keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return Options(dtype if isinstance(dtype, torch.dtype) else lookup(table, dtype, "dtype"), where)
+
+
+def _load_one(
+    component: str, where: str | Path, variant: str | None, revision: str | None, options: Options, *args: Any
+) -> Any:
+    kind = KINDS[component]
+    place = locate(where, partial(needed, variant=variant, folders=(kind.folder,)), revision)
+    part = _part(place.path, component, variant)
+    config = _config(part, *args)
+    return part.load(lambda: kind.build(config), *options)
+
+
+def load_unet(
+    where: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    variant: str | None = None,
+    revision: str | None = None,
+) -> SDUNet:
+    """The U-Net of a checkpoint, of its own folder or file, or of a name on the hub. UserError: as load_pretrained."""
+    return _load_one("unet", where, variant, revision, _options(dtype, device))
+
+
+def load_controlnet(
+    where: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    variant: str | None = None,
+    revision: str | None = None,
+) -> ControlNet:
+    """A ControlNet from its folder, its file in either layout, or a name on the hub. UserError: as load_pretrained."""
+    return _load_one("controlnet", where, variant, revision, _options(dtype, device))
+
+
+def load_adapter(
+    where: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    variant: str | None = None,
+    revision: str | None = None,
+) -> Adapter:
+    """A T2I-Adapter from its folder, its file in either layout, or a name on the hub. UserError: as load_pretrained."""
+    return _load_one("adapter", where, variant, revision, _options(dtype, device))
+
+
+def load_tiny(
+    where: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    variant: str | None = None,
+    revision: str | None = None,
+) -> TinyAutoencoder:
+    """A TAESD from its folder, its file, or a name on the hub. UserError: as load_pretrained."""
+    return _load_one("tiny_vae", where, variant, revision, _options(dtype, device))
+
+
+def load_codec(
+    where: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    variant: str | None = None,
+    revision: str | None = None,
+    family: str | None = None,
+) -> AutoencoderKL:
+    """The KL autoencoder of a checkpoint, of its own folder or file, or of a name on the hub.
+
+    family: "sd1", "sd2" or "sdxl", whose latent scale it has; only a file without a config.json needs it. UserError: it
+    does, or as load_pretrained.
+    """
+    options = _options(dtype, device)
+    place = locate(where, partial(needed, variant=variant, folders=("vae",)), revision)
+    part = _part(place.path, "vae", variant)
+    config = _config(part, 0.0)
+    if part.config is None:
+        name = family or detect(part.source.shapes).family
+        if name is None:
+            fix = "family=sd1, sd2 or sdxl, the family whose latents it makes"
+            raise UserError("a VAE's tensors do not say its latent scale", file=place.path, key="family", fix=fix)
+        config = replace(config, scale=lookup(FAMILIES, name, "family").scale)
+    return part.load(lambda: AutoencoderKL(config), *options)
+
+
+def load_text(
+    where: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    variant: str | None = None,
+    revision: str | None = None,
+    name: str = "text_encoder",
+) -> CLIPText:
+    """A text encoder from its folder, or from the folder `name` of a checkpoint; a whole CLIP gives its text half."""
+    options = _options(dtype, device)
+    place = locate(where, partial(needed, variant=variant, folders=(name,)), revision)
+    part = _in_folder(place.path, "text", "CLIP text encoder", name, variant)
+    config = _text_config(part, "quick_gelu")
+    return part.load(lambda: CLIPText(config), *options)
+
+
+def _text_config(part: Part, activation: str) -> TextConfig:
+    if part.config is None:
+        return part.described(arch.text_of_shapes, activation)
+    return arch.text_config(read_json(part.config), part.config, part.shapes)
+
+
+# -- a whole checkpoint --------------------------------------------------------------------------------------------------
+
+
+def load_pretrained(
+    where: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    variant: str | None = None,
+    prediction: str | None = None,
+    revision: str | None = None,
+    tokenizer: str | Path | None = None,
+    offload: bool = False,
+) -> Bundle:
+    """The checkpoint at `where`: a diffusers folder, an original-layout .safetensors, or a name on the hub.
+
+    dtype: "fp32", "bf16", "fp16", "keep" (the file's), or "auto": fp32 on a CPU, else bf16, or fp16 where there is none.
+    variant: "fp16" reads model.fp16.safetensors. prediction: "eps" or "v" instead of what the checkpoint says. revision: a
+    branch, tag or commit. tokenizer: for a single file, a folder with vocab.json and merges.txt. Nothing wants gradients until
+    it is told to. UserError: not a checkpoint, missing, damaged or unknown parts, parts of different families, settings that
+    we do not support.
+    """
+    options = _options(dtype, device)
+    if prediction is not None:
+        lookup(dict.fromkeys(PREDICTIONS.values()), prediction, "prediction")
+    folders = ("unet", "vae", "scheduler", *(name for pair in TEXTS for name in pair))
+    place = locate(where, partial(needed, variant=variant, folders=folders), revision)
+    stored = options._replace(device=torch.device("cpu")) if offload else options
+    if place.path.is_dir():
+        bundle = _from_folder(place, stored, variant, prediction)
+    else:
+        bundle = _from_file(place, stored, prediction, None if tokenizer is None else Path(tokenizer))
+    return replace(bundle, device=options.device)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a bundle is made of, found and described but not read yet."""
+
+    family: Family
+    unet: Part
+    vae: Part
+    texts: list[Part]
+    tokenizers: list[CLIPTokenizer]
+    schedule: Schedule
+    prediction: str
+    scheduler: dict[str, Any] = field(default_factory=dict)
+
+
+def _from_folder(place: Place, options: Options, variant: str | None, prediction: str | None) -> Bundle:
+    folder = place.path
+    index = _index(folder)
+    _check_variant(folder, variant)
+    unet = _in_folder(folder, "unet", KINDS["unet"].words, "unet", variant)
+    family = family_of(_config(unet))
+    names = TEXTS[: len(family.texts)]
+    for name in ("vae", "scheduler", *(name for pair in names for name in pair)):
+        if not (folder / name).is_dir():
+            raise _lacks(folder, name)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    raw = read_json(scheduler)
+    schedule, said = read_scheduler(raw, scheduler)
+    parts = Parts(
+        _as_told(family, index, unet),
+        unet,
+        _in_folder(folder, "vae", KINDS["vae"].words, "vae", variant),
+        [_in_folder(folder, "text", "CLIP text encoder", name, variant) for name, _ in names],
+        [CLIPTokenizer.from_folder(folder / name) for _, name in names],
+        schedule,
+        prediction or said,
+        raw,
+    )
+    return _assemble(place, parts, options)
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """model_index.json, {} where there is none. UserError: not a checkpoint's folder."""
+    file = folder / "model_index.json"
+    index = read_json(file) if file.is_file() else {}
+    if (folder / "unet").is_dir():
+        return index
+    if index:
+        name = index.get("_class_name", "pipeline of another kind")
+        has = ", ".join(sorted(f.name for f in folder.iterdir() if f.is_dir()))
+        raise UserError("this is no Stable Diffusion checkpoint", file=folder, key="unet", found=f"a {name} of {has}")
+    config = folder / "config.json"
+    kind = read_json(config).get("_class_name") if config.is_file() else None
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    found = f"a {kind}" if kind else ", ".join(files[:3] or sorted(f.name for f in folder.iterdir())[:6]) or "nothing"
+    fix = "give the .safetensors file itself" if files and not kind else None
+    expected = "folders unet, vae, text_encoder, tokenizer, scheduler"
+    raise UserError("this folder is no checkpoint", file=folder, expected=expected, found=found, fix=fix)
+
+
+def _check_variant(folder: Path, variant: str | None) -> None:
+    """UserError when no component has the variant; where only some have, the others' plain weights do."""
+    names = ("unet", "vae", *(name for name, _ in TEXTS))
+    known = {v for name in names if (folder / name).is_dir() for v in variants(folder / name)}
+    if variant and variant not in known:
+        found = ", ".join(sorted(known)) or "none"
+        raise UserError("no such variant of the weights", file=folder, key="variant", expected=found, found=variant)
+
+
+def _as_told(family: Family, index: Mapping[str, Any], unet: Part) -> Family:
+    """The family with what this checkpoint says of itself: its natural size, and how it was trained without a prompt."""
+    raw = read_json(unet.config) if unet.config else {}
+    side = raw.get("sample_size")
+    zero = index.get("force_zeros_for_empty_prompt", family.zero_uncond) is True
+    return replace(family, size=8 * side if type(side) is int and 0 < side < 1024 else family.size, zero_uncond=zero)
+
+
+def _from_file(place: Place, options: Options, prediction: str | None, tokenizer: Path | None) -> Bundle:
+    source = source_of(place.path)
+    guess = detect(source.shapes)
+    names = ("text", "text_2")[: len(FAMILIES[guess.family].texts)] if guess.family else ("text",)
+    lacking = [name for name in ("unet", "vae", *names) if name not in guess.components]
+    if guess.family is None or lacking:
+        found = " ".join(filter(None, [guess.family, guess.kind])) + "".join(f"; {note}" for note in guess.notes)
+        expected = "a U-Net, a VAE and text encoders in the original layout"
+        raise UserError("this file is no whole checkpoint", file=place.path, expected=expected, found=found[:300])
+    family = FAMILIES[guess.family]
+    said = prediction or guess.prediction or _usual_prediction(place.path, family, guess.channels_in)
+    parts = Parts(
+        replace(family, size=512) if family.name == "sd2" and said == "eps" else family,
+        Part("unet", KINDS["unet"].words, source, None),
+        Part("vae", KINDS["vae"].words, source, None),
+        [Part(name, "CLIP text encoder", source, None) for name in names],
+        [vocabulary(place.path, tokenizer, row) for row in family.texts],
+        zero_terminal_snr(ldm()) if "ztsnr" in source.entries else ldm(),
+        said,
+    )
+    return _assemble(place, parts, options)
+
+
+def _usual_prediction(file: Path, family: Family, channels_in: int | None) -> str:
+    """What files that do not say it predict: eps, but v for SD 2.x' plain U-Net, where both were published."""
+    if family.name != "sd2" or channels_in != 4:
+        return "eps"
+    note = (
+        f"{file.name} does not say what it predicts: v, as SD 2.1 at 768 does; prediction=eps if it is the base model"
+    )
+    warnings.warn(note, stacklevel=4)
+    return "v"
+
+
+def _assemble(place: Place, parts: Parts, options: Options) -> Bundle:
+    family = parts.family
+    texts = [_text_config(part, row.activation) for part, row in zip(parts.texts, family.texts)]
+    unet, vae = _config(parts.unet, texts[-1].projection or 0), _config(parts.vae, family.scale)
+    _check_fit(place.path, unet, vae, texts)
+    net = parts.unet.load(lambda: SDUNet(unet), *options)
+    codec = parts.vae.load(lambda: AutoencoderKL(vae), *options)
+    nets = [part.load(partial(CLIPText, config), *options) for part, config in zip(parts.texts, texts)]
+    rows = zip(parts.tokenizers, nets, family.texts)
+    text = TextEncoder([TextPart(tokenizer, clip, r.layer, r.norm, r.pooled) for tokenizer, clip, r in rows])
+    denoiser = Denoiser(net, parts.prediction, "table", parts.schedule).eval()
+    sources = [part.source for part in (parts.unet, parts.vae, *parts.texts)]
+    files = [str(file) for file in dict.fromkeys(file for source in sources for file in source.files)]
+    source = {"name": place.name, "commit": place.commit, "files": files}
+    return Bundle(family, denoiser, codec, text, parts.schedule, source, parts.scheduler)
+
+
+def _check_fit(path: Path, unet: SDUNetConfig, vae: AutoencoderKLConfig, texts: list[TextConfig]) -> None:
+    """UserError unless the components belong together."""
+    checks = {
+        "features of the text": (unet.context_dim, sum(text.width for text in texts)),
+        "features of the pooled text": (unet.pooled_dim, (texts[-1].projection or 0) if unet.added_dim else 0),
+        "channels of the latents": (unet.channels_out, vae.latent_channels),
+    }
+    for what, (wanted, found) in checks.items():
+        if wanted != found:
+            raise UserError(
+                "the parts of this checkpoint do not belong together",
+                file=path,
+                key=what,
+                expected=f"{wanted}, says the U-Net",
+                found=found,
+                fix="take all of them from one family of checkpoints",
+            )
+
+
+def vocabulary(file: Path, given: Path | None, row: TextRow) -> CLIPTokenizer:
+    """The tokenizer of a single file: from the folder given, beside the file, or in the hub's cache.
+
+    UserError: none of them has one.
+    """
+    near = [given] if given else [file.parent]
+    folders = [folder for start in near for folder in (start / "tokenizer", start)]
+    for name in () if given else VOCABULARIES:
+        owner, repository, *inside = name.split("/")
+        if found := cached(f"{owner}/{repository}"):
+            folders.append(found.joinpath(*inside))
+    for folder in folders:
+        if (folder / "vocab.json").is_file():
+            return CLIPTokenizer.from_files(folder / "vocab.json", folder / "merges.txt", row.pad)
+    raise UserError(
+        "a single file has no tokenizer, and none is near",
+        file=given or file,
+        expected="vocab.json and merges.txt of CLIP, in a folder tokenizer beside it or in the hub's cache",
+        fix="tokenizer=FOLDER",
+    )
+
+
+# -- the scheduler's file ------------------------------------------------------------------------------------------------
+
+
+def read_scheduler(raw: Mapping[str, Any], file: Path) -> tuple[Schedule, str]:
+    """The noise levels and the prediction that a scheduler_config.json says. UserError: of a kind that we do not support."""
+    fields = arch.Fields(raw, file, None)
+    betas = raw.get("trained_betas")
+    if betas is None and "beta_schedule" not in raw:
+        found = raw.get("_class_name", "none")
+        raise UserError("this noise schedule is of another family", file=file, key="beta_schedule", found=found)
+    fields.only("use_flow_sigmas", False)
+    said = fields.choice("prediction_type", "epsilon", *PREDICTIONS)
+    if betas is None:
+        name = BETAS[str(fields.choice("beta_schedule", None, *BETAS))]
+        n = fields.integer("num_train_timesteps", 1000)
+        ends = {"beta_start": fields.real("beta_start", 1e-4), "beta_end": fields.real("beta_end", 0.02)}
+        schedule = SCHEDULES[name](n) if name == "cosine_beta" else SCHEDULES[name](n, **ends)
+    else:
+        schedule = _trained(betas, file)
+    terminal = fields.flag("rescale_betas_zero_snr", False)
+    return zero_terminal_snr(schedule) if terminal else schedule, PREDICTIONS[str(said)]
+
+
+def _trained(betas: Any, file: Path) -> Schedule:
+    good = isinstance(betas, list) and all(type(b) in (int, float) and 0 < b < 1 for b in betas)
+    if not good:
+        raise UserError("not a list of betas", file=file, key="trained_betas", expected="numbers between 0 and 1")
+    return from_betas(torch.tensor(betas, dtype=torch.float64))
+
+
+def zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """The schedule shifted and stretched in sqrt(abar) so that it ends in noise alone (Lin et al. 2024, algorithm 1).
+
+    Its last level would be infinite, and is `SIGMA_CAP`.
+    """
+    a = (1 + schedule.sigmas**2).rsqrt()
+    a = (a - a[-1]) * a[0] / (a[0] - a[-1])
+    sigmas = (1 - a**2).sqrt() / a
+    inside = sigmas[sigmas < SIGMA_CAP]
+    return Schedule(torch.cat([inside, sigmas.new_tensor([SIGMA_CAP])]))
+
+
+# -- which files of a repository are needed ------------------------------------------------------------------------------
+
+SMALL = re.compile(r"(config|\w+_config|model_index|vocab|special_tokens_map|added_tokens|tokenizer)\.json|merges\.txt")
+
+
+def needed(files: list[str], variant: str | None, folders: Sequence[str]) -> list[str]:
+    """Of a repository's files those that a loader reads: configs, vocabularies, one set of weights per component.
+
+    UserError: it holds none, or pickles only.
+    """
+    by_folder: dict[str, list[str]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        by_folder.setdefault(folder, []).append(name)
+    inside = [folder for folder in folders if folder in by_folder]
+    weights = inside or [""]  # a repository of one component has it at its root
+    chosen = [_join(f, n) for f in ("", *inside) for n in by_folder.get(f, []) if SMALL.fullmatch(n)]
+    for folder in weights:
+        chosen += [_join(folder, name) for name in _weights(by_folder.get(folder, []), variant)]
+    if not any(name.endswith(".safetensors") for name in chosen):
+        raise _no_weights(files)
+    return chosen
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _weights(names: list[str], variant: str | None) -> list[str]:
+    """The weight files among a folder's: of the variant where it has them, whole or in shards."""
+    stems = "|".join(STEMS)
+    for middle in ([rf"\.{re.escape(variant)}"] if variant else []) + [""]:
+        whole = [n for n in names if re.fullmatch(rf"({stems}){middle}\.safetensors", n)]
+        shards = [n for n in names if re.fullmatch(rf"({stems}){middle}-\d+-of-\d+\.safetensors", n)]
+        index = [n for n in names if re.fullmatch(rf"({stems})\.safetensors\.index{middle}\.json", n)]
+        if whole or (index and shards):
+            return whole or index + shards
+    return []
+
+
+def _no_weights(files: list[str]) -> UserError:
+    alone = [file for file in files if file.endswith(".safetensors")]
+    pickles = [file for file in files if file.endswith(PICKLES)]
+    found = ", ".join((alone or pickles or files)[:4]) or "nothing"
+    fix = (
+        f"name the file: OWNER/NAME/{alone[0]}"
+        if alone
+        else "download one and use nanodiffusion convert"
+        if pickles
+        else None
+    )
+    return UserError("this repository has no weights laid out as a checkpoint", found=found, fix=fix)
+
+
+# -- saving --------------------------------------------------------------------------------------------------------------
+
+
+def save_diffusers(bundle: Bundle, folder: str | Path) -> Path:
+    """Write a bundle as the folder that diffusers loads; it is there whole or not at all.
+
+    UserError: the folder is there already, full or unwritable disk, a network that diffusers has not.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError("this is there already, and is not written over", file=folder, fix="give a new folder's name")
+    beside = folder.with_name(f".tmp-{folder.name}")
+    with disk_errors(folder):
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        try:
+            _write_components(bundle, beside)
+            os.replace(beside, folder)
+            sync(folder.parent)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _write_components(bundle: Bundle, folder: Path) -> None:
+    net, codec = bundle.denoiser.net, bundle.codec
+    unet = arch.unet_json(bundle.config, bundle.family.size // codec.factor)
+    _write_component(folder / "unet", STEMS[0], unet, net)
+    _write_component(folder / "vae", STEMS[0], arch.vae_json(codec.config), codec)
+    for part, (name, tokenizer) in zip(bundle.text.parts, TEXTS):
+        _write_component(folder / name, STEMS[1], arch.text_json(part.net.config), part.net)
+        _write_tokenizer(folder / tokenizer, part.tokenizer)
+    (folder / "scheduler").mkdir()
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(bundle))
+    _write_json(folder / "model_index.json", _index_json(bundle))
+
+
+def _write_component(folder: Path, stem: str, config: dict[str, Any], net: nn.Module) -> None:
+    folder.mkdir()
+    _write_json(folder / "config.json", config)
+    save(folder / f"{stem}.safetensors", net.state_dict())
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(folder: Path, tokenizer: CLIPTokenizer) -> None:
+    """vocab.json, merges.txt and what is added to them, learned tokens included: one of several vectors is <a>, <a>_1, ..."""
+    folder.mkdir()
+    whole = json.loads(tokenizer.backend.to_str())
+    names = {i: token for token, i in whole["model"]["vocab"].items()}
+    rules = (rule if isinstance(rule, str) else " ".join(rule) for rule in whole["model"]["merges"])
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *rules, ""]), encoding="utf-8")
+    _write_json(folder / "vocab.json", whole["model"]["vocab"])
+    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    learned = {
+        i: {"content": f"{token}_{k}" if k else token, "special": False, **flags}
+        for token, ids in tokenizer.added.items()
+        for k, i in enumerate(ids)
+    }
+    special = {token["id"]: token for token in whole["added_tokens"] if token["content"] not in tokenizer.added}
+    added = {
+        str(i): {k: v for k, v in token.items() if k != "id"} for i, token in sorted({**special, **learned}.items())
+    }
+    ends = {
+        "bos_token": tokenizer.start,
+        "eos_token": tokenizer.end,
+        "unk_token": tokenizer.end,
+        "pad_token": tokenizer.pad,
+    }
+    kind = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "add_prefix_space": False,
+        "do_lower_case": True,
+    }
+    config = {"added_tokens_decoder": added, **{key: names[i] for key, i in ends.items()}, **kind, "errors": "replace"}
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def scheduler_json(bundle: Bundle) -> dict[str, Any]:
+    """The scheduler_config.json of a bundle: as it came if that still says the same, else written anew."""
+    name = bundle.denoiser.prediction.name
+    if bundle.scheduler:
+        schedule, said = read_scheduler(bundle.scheduler, Path("scheduler_config.json"))
+        if said == name and torch.equal(schedule.sigmas, bundle.schedule.sigmas):
+            return bundle.scheduler
+    prediction = next((theirs for theirs, ours in PREDICTIONS.items() if ours == name), None)
+    if prediction is None:
+        raise UserError("diffusers has no such prediction", key="prediction", expected=list(PREDICTIONS), found=name)
+    return {
+        "_class_name": "EulerDiscreteScheduler",
+        "_diffusers_version": "0.20.0",
+        "num_train_timesteps": len(bundle.schedule),
+        **_betas_json(bundle.schedule),
+        "prediction_type": prediction,
+        "timestep_spacing": "leading",
+        "steps_offset": 1,
+    }
+
+
+def _betas_json(schedule: Schedule) -> dict[str, Any]:
+    plain = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    for terminal, known in ((False, ldm()), (True, zero_terminal_snr(ldm()))):
+        if torch.equal(known.sigmas, schedule.sigmas):
+            return {**plain, "rescale_betas_zero_snr": terminal}
+    abar = 1 / (1 + schedule.sigmas**2)
+    return {"trained_betas": (1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])).tolist()}
+
+
+def _index_json(bundle: Bundle) -> dict[str, Any]:
+    family, inpaint = bundle.family, bundle.config.channels_in == 9
+    name = f"StableDiffusion{'XL' * family.sizes}{'Inpaint' * inpaint}Pipeline"
+    parts: dict[str, Any] = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    for part, (text, tokenizer) in zip(bundle.text.parts, TEXTS):
+        parts[text] = ["transformers", "CLIPTextModel" + "WithProjection" * bool(part.net.config.projection)]
+        parts[tokenizer] = ["transformers", "CLIPTokenizer"]
+    parts["scheduler"] = ["diffusers", scheduler_json(bundle)["_class_name"]]
+    if family.sizes:
+        parts["force_zeros_for_empty_prompt"] = family.zero_uncond
+    else:  # there is none here, and diffusers asks
+        parts |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    return {"_class_name": name, "_diffusers_version": "0.20.0", **parts}
+
+
+def save_single(bundle: Bundle, file: str | Path) -> Path:
+    """Write a bundle as one .safetensors in the original layout, which has no place for configs and tokenizers.
+
+    A v-predicting SDXL gets the mark `v_pred`, a terminal SNR of zero `ztsnr`, by which other programs know them. UserError:
+    learned tokens, full or unwritable disk.
+    """
+    file, family = Path(file), bundle.family.name
+    if learned := [token for part in bundle.text.parts for token in part.tokenizer.added]:
+        raise UserError("a single file cannot hold learned tokens", key=learned[0], fix="save as a diffusers folder")
+    names = ("text", "text_2")
+    parts = {"unet": bundle.denoiser.net, "vae": bundle.codec, **dict(zip(names, (p.net for p in bundle.text.parts)))}
+    tensors: dict[str, Tensor] = {}
+    for component, net in parts.items():
+        own = net.state_dict()
+        for name, whole in originals(component, own, family).items():
+            tensors[name] = whole.write(*(own[source] for source in whole.sources))
+    if bundle.denoiser.prediction.name == "v" and family != "sd2":
+        tensors["v_pred"] = torch.zeros(0)
+    if float(bundle.schedule.sigmas[-1]) == SIGMA_CAP:
+        tensors["ztsnr"] = torch.zeros(0)
+    return save(file, tensors)
