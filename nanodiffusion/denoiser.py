@@ -129,10 +129,9 @@ class Denoiser(nn.Module):
 
     def raw(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """The network's own output F: x (b ...), sigma (b) -> (b ...) in x's dtype."""
-        return self._net(self.prediction.coefficients(expand(sigma, x))[2] * x, sigma, cond)
+        return self._net(self.prediction.coefficients(expand(sigma, x))[2] * x, self.clock(sigma), cond)
 
-    def _net(self, scaled: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        t = self.clock(sigma)
+    def _net(self, scaled: Tensor, t: Tensor, cond: Cond) -> Tensor:
         if self.half is not None:
             half = partial(_cast, dtype=self.half)
             return self.net(half(scaled), t, **tree_map(half, dict(cond))).to(scaled.dtype)
@@ -149,9 +148,9 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
         """E[x0 | x]: x (b ...), sigma (b) on any device -> (b ...)."""
-        sigma = sigma.to(x.device, x.dtype)
+        t, sigma = self.clock(sigma).to(x.device, x.dtype), sigma.to(x.device, x.dtype)
         c_skip, c_out, c_in = self.prediction.coefficients(expand(sigma, x))
-        return c_skip * x + c_out * self._net(c_in * x, sigma, cond or {})
+        return c_skip * x + c_out * self._net(c_in * x, t, cond or {})
 
     def target(self, x0: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
         """What F should be, (x0 - c_skip x) / c_out, with x0's and eps' parts apart so that nothing cancels."""
@@ -174,7 +173,7 @@ class Denoiser(nn.Module):
         """
         s = expand(sigma, x0)
         c_skip, c_out, c_in = self.prediction.coefficients(s)
-        out = self._net(c_in * (x0 + s * eps), sigma, cond or {})
+        out = self._net(c_in * (x0 + s * eps), self.clock(sigma), cond or {})
         target = ((1 - c_skip) / c_out) * x0 - (c_skip * s / c_out) * eps
         per_sample = lookup(DISTANCES, distance, "loss")(out, target).flatten(1).mean(1)
         return per_sample if weight is None else per_sample * weight(sigma, c_out.flatten())

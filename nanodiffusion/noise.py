@@ -40,8 +40,9 @@ class Schedule:
 
     def t(self, sigma: Tensor) -> Tensor:
         """Fractional index of sigma, linear in sigma between entries, clamped to the table: (...) -> (...)."""
-        table = self.sigmas.to(sigma.device)
-        s = sigma.double().clamp(table[0], table[-1])
+        wide = torch.float32 if sigma.device.type == "mps" else torch.float64  # which knows no float64
+        table = self.sigmas.to(sigma.device, wide)
+        s = sigma.to(wide).clamp(table[0], table[-1])
         hi = torch.searchsorted(table, s.contiguous()).clamp(1, len(table) - 1)
         lo = table[hi - 1]
         return (hi - 1 + (s - lo) / (table[hi] - lo)).to(sigma.dtype)
