@@ -72,8 +72,11 @@ def choose(name: str, stages: Callable[[Plan], dict[str, Stage]], device: torch.
     """
     free = free_memory(device)
     wanted = list(PLANS.values()) if name == "auto" else [lookup(PLANS, name, "memory")]
-    plans = [replace(p, expected=expected_peak(stages(p), p.offload, device), free=free) for p in wanted]
-    return next((p for p in plans if p.expected <= 0.9 * free), plans[-1])
+    for plan in wanted:
+        counted = replace(plan, expected=expected_peak(stages(plan), plan.offload, device), free=free)
+        if counted.expected <= 0.9 * free or plan is wanted[-1]:  # counting takes a second: stop at the first that fits
+            break
+    return counted
 
 
 def expected_peak(stages: dict[str, Stage], offload: bool, device: torch.device) -> int:

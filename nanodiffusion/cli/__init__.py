@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the user's mistake or a disk's, 130 Ctrl-C, 143 SIGTERM (a
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -52,6 +53,84 @@ What to write (a grid into the run's folder, if nothing is said):
   nanodiffusion sample runs/digits class=3 guidance=2 grid=threes.png
 """
 
+CONVERT = """\
+IN is a pickle (.ckpt, .bin, .pt, .pth), a folder of a checkpoint with or without such, or a .safetensors. OUT ends in
+.safetensors for one file in the original layout, else it is a new folder as diffusers has it. A pickle can run code: it is
+read by a process of its own, with limits, and is refused if it holds more than weights.
+
+  nanodiffusion convert model.ckpt model.safetensors             the same names and numbers, without the pickle
+  nanodiffusion convert model.safetensors folder                 original layout to diffusers'
+  nanodiffusion convert folder model.safetensors dtype=fp16      and back, in half the size
+  nanodiffusion convert folder-of-bins folder                    every .bin of a folder
+
+  dtype=keep        or fp32, fp16, bf16
+  prediction=       eps or v, where a file does not say it (SD 2.x)
+  tokenizer=        a folder with vocab.json and merges.txt, where none lies beside the file
+  memory= seconds=  what the reader of a pickle may take: GiB, time
+"""
+
+
+GENERATE = """\
+A word is a prompt unless it starts with a key and "=": one or more, each drawn n times. `(words:1.3)` and `[words]` weigh,
+BREAK begins another chunk of 75 tokens. MODEL is a diffusers folder, an original .safetensors, or OWNER/NAME on the hub.
+
+  nanodiffusion generate "a castle by the sea" model=v1-5.safetensors n=4 seed=7
+  nanodiffusion generate "a red castle" model=sdxl-folder image=photo.png strength=0.6
+  nanodiffusion generate "a room" model=v1-5.safetensors control=canny.safetensors:photo.png:0.8 canny=true
+
+  prompt=  prompts=FILE.txt          a prompt, also an empty one; a file of them, one a line
+  negative=  prompt_2=               once, or once per prompt; what SDXL's second encoder reads instead
+  n=1 seed=0 seeds=[..]              pictures per prompt; the first one's seed, or everyone's. Picture i is the same alone
+  width= height=                     by default the model's own, or the given picture's; multiples of 8
+  steps=30 guidance= rescale=0 interval=[lo,hi]      guidance: the model's own (7.5, SDXL 5); 1 = none
+  sampler=dpmpp_2m ladder=karras     options by a dot: sampler.order=3 ladder.rho=5
+  sigmas=[..] timesteps=[..]         a ladder of your own
+  clip_skip=0                        last layers of the text encoder that are left out
+  frames=0                           so many pictures on the way from prompt to prompt, and from seed to seed
+  original_size= crop= target_size=  SDXL's sizes, [height,width], crop [top,left]; also with negative_ before them:
+                                     negative_original_size= negative_crop= negative_target_size=
+  sharpness=0 brightness=0           shifts of the last latent
+
+Pictures to start from (PNG, JPEG, WEBP), and networks that help:
+
+  image=FILE strength=0.8            image to image: the last 80 % of the steps
+  image=FILE mask=FILE               inpainting: white is drawn anew, black stays as it is, to the bit
+  image=FILE outpaint=[left,top,right,bottom] overlap=0      so many pixels more on each side
+  fit=true                           cut and scale the pictures to width x height
+  control=NET:FILE[:strength[:start[:end]]]   a ControlNet and its picture, several times; guess=true: for the control alone
+  canny=true                         the edges of the control pictures instead of them; or canny=[low,high] (100, 200)
+  adapter=NET:FILE[:strength]        a T2I-Adapter and its picture, several times
+  lora=FILE[:strength]               several times
+  embedding=FILE[:token]             textual inversion, several times; the token must be in a prompt
+  vae=PATH tokenizer=FOLDER          another VAE; the vocabulary of a single file
+
+How:
+
+  variant=fp16 revision= prediction=eps|v     of the model's weights; commit or branch on the hub; what the net predicts
+  precision=auto                     fp32, bf16, fp16; auto is fp32 on a CPU
+  memory=auto                        fast, balanced, low: how much lies on the device at once
+  device=auto batch=1                auto, cpu, cuda, cuda:1, mps; pictures at a time, which changes rounding only
+
+What to write. Every PNG carries its settings, for others and for `nanodiffusion regenerate`:
+
+  out=pictures                       a folder (NUMBER-SEED.png, numbers go on), or FILE.png
+  grid=FILE.png                      all of them
+  gif=FILE.gif mp4=FILE.mp4          a film of the steps: film=x0, x or eps; film=pictures is that of frames
+  preview=TAESD                      a tiny decoder that draws the film quickly
+  latents=FILE.safetensors           x of every picture; intermediate=true: x and x0 of every step
+"""
+
+REGENERATE = """\
+Makes the picture of FILE.png again, the same to the bit on the same machine, into FILE-again.png or out=. The model and
+every file must be what they were (SHA-256); they are looked for where they were, and beside FILE.png. All keys of
+`nanodiffusion generate` change something of it, but for n, seeds, frames and batch. `lora=` leaves the LoRAs out.
+Of another program's picture (with A1111's `parameters`) the settings are taken that are known here; it needs model=.
+
+  nanodiffusion regenerate pictures/00004-7.png
+  nanodiffusion regenerate pictures/00004-7.png steps=50 guidance=5
+  nanodiffusion regenerate theirs.png model=v1-5.safetensors
+"""
+
 
 class Command(NamedTuple):
     """What argparse needs to know."""
@@ -64,9 +143,23 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("RECIPE [key=value ...]", "train a model from a recipe, or go on with it", TRAIN),
     "sample": Command("RUN [key=value ...]", "make pictures with a trained model", SAMPLE),
-    "info": Command("RUN | FILE | RECIPE", "what is in a run, a checkpoint, a safetensors file, a picture or a recipe"),
+    "generate": Command("PROMPT ... model=MODEL [key=value ...]", "make pictures with Stable Diffusion", GENERATE),
+    "regenerate": Command("FILE.png [key=value ...]", "make a picture again from the settings in it", REGENERATE),
+    "info": Command("RUN | FILE | FOLDER | RECIPE", "what is in a run, a checkpoint, a LoRA, a picture or a recipe"),
+    "convert": Command(
+        "IN OUT [key=value ...]", "pickles to safetensors; one layout of a checkpoint to another", CONVERT
+    ),
     "report": Command("RUN", "write the run's report.html again"),
     "demo": Command("[key=value ...]", "train on handwritten digits for three minutes, sample, report"),
+}
+
+
+DRAW_SMALLER = "memory=low, precision=bf16, batch=1, or a smaller width and height"
+SMALLER = {  # when the memory is full
+    "train": "a smaller batch_size, accumulate=2, precision=bf16",
+    "sample": "a smaller batch=",
+    "generate": DRAW_SMALLER,
+    "regenerate": DRAW_SMALLER,
 }
 
 
@@ -118,8 +211,14 @@ def dispatch(args: argparse.Namespace) -> int:
         from nanodiffusion.cli.train import main
     elif args.command == "sample":
         from nanodiffusion.cli.sample import main
+    elif args.command == "generate":
+        from nanodiffusion.cli.generate import main
+    elif args.command == "regenerate":
+        from nanodiffusion.cli.regenerate import main
     elif args.command == "info":
         from nanodiffusion.cli.info import main
+    elif args.command == "convert":
+        from nanodiffusion.cli.convert import main
     elif args.command == "report":
         from nanodiffusion.cli.report import main
     else:
@@ -151,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {inert(str(message))}", file=sys.stderr)
             return dispatch(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -165,14 +264,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(
             UserError(f"the disk refused: {e.strerror or e}", file=e.filename, fix="free some space, check it")
         )
-    except RuntimeError as e:
-        if type(e).__name__ != "OutOfMemoryError":
+    except (RuntimeError, MemoryError) as e:
+        asked = re.search(r"tried to allocate [\d.]+ \w+", str(e), re.IGNORECASE)
+        if type(e).__name__ not in ("OutOfMemoryError", "MemoryError") and not asked:
             raise
-        fix = "a smaller batch_size, accumulate=2, precision=bf16, or batch= when sampling"
-        return _fail(UserError("the device's memory is full", found=str(e).split(". ")[0], fix=fix))
+        return _fail(UserError("the memory is full", found=asked and asked[0], fix=SMALLER.get(args.command)))
+
+
+def inert(text: str) -> str:
+    """Text of a file or a picture as it may be printed: what steers a terminal, or is not shown, is spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _fail(error: UserError) -> int:
-    lines = str(error).splitlines()[:6]
+    lines = [inert(line) for line in str(error).splitlines()[:6]]
     print("\n".join(["error: " + line[:500] if not i else line[:500] for i, line in enumerate(lines)]), file=sys.stderr)
     return 2

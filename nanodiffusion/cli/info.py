@@ -1,4 +1,4 @@
-"""`nanodiffusion info X`: what is in a run, a checkpoint, a safetensors file, a picture of ours or a recipe."""
+"""`nanodiffusion info X`: what is in a run, a checkpoint of whichever kind, a LoRA, an embedding, a picture or a recipe."""
 
 import json
 import math
@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from safetensors import safe_open
 
 from nanodiffusion.checkpoint import Checkpoint, checkpoints, load_meta, verify
-from nanodiffusion.cli import one_target
+from nanodiffusion.cli import inert, one_target
+from nanodiffusion.cli.describe import of_folder, of_weights, size_of
 from nanodiffusion.cli.recipes import CONFIGS, flow
 from nanodiffusion.config import Config, read_config
+from nanodiffusion.data.files import SUFFIXES
 from nanodiffusion.errors import UserError, nearest
+from nanodiffusion.metadata import read_settings
 from nanodiffusion.nets import net_flops, net_size
 from nanodiffusion.run import find_checkpoint, make_denoiser
+from nanodiffusion.weights import PICKLES, pickled, source_of
 
 Facts = dict[str, Any]
 
@@ -27,20 +30,27 @@ def main(args: Namespace) -> int:
     facts = look(target)
     width = max(map(len, facts))
     for key, value in facts.items():
-        print(f"{key:<{width}}  {value if isinstance(value, Path) else flow(value)}")
+        print(inert(f"{key:<{width}}  {value if isinstance(value, Path) else flow(value)}"))
     return 2 if any(str(v).startswith("DAMAGED") for v in facts.values()) else 0
 
 
 def look(target: str) -> Facts:
     """The facts about whatever a path or a recipe's name is."""
     path = Path(target)
-    readers: dict[str, Callable[[Path], Facts]] = {".png": of_picture, ".safetensors": of_tensors, ".yaml": of_recipe}
+    readers: dict[str, Callable[[Path], Facts]] = {
+        **dict.fromkeys(SUFFIXES, of_picture),
+        ".safetensors": of_tensors,
+        ".yaml": of_recipe,
+        ".json": lambda path: of_weights(source_of(path), path),
+    }
     if path.is_dir():
-        return of_run(path)
+        return of_folder(path) or of_run(path)
+    if path.suffix in PICKLES and path.exists():
+        raise pickled(path)
     if path.suffix in readers:
         return readers[path.suffix](path)
     if path.exists():
-        expected = "a run's folder, " + ", ".join(readers)
+        expected = "a folder of a run or a checkpoint, " + ", ".join(readers)
         raise UserError("nothing is known of this kind of file", file=path, expected=expected)
     recipes = [p.stem for p in CONFIGS.glob("*.yaml")]
     if target not in recipes:
@@ -56,7 +66,7 @@ def of_run(path: Path) -> Facts:
     facts = {"run" if root.is_dir() else "checkpoint": path, "step": checkpoint.step, **of_checkpoint(checkpoint)}
     for folder in every:
         problems = verify(folder)
-        facts[folder.name] = f"DAMAGED: {'; '.join(problems)}" if problems else f"sound, {_size(folder)}"
+        facts[folder.name] = f"DAMAGED: {'; '.join(problems)}" if problems else f"sound, {size_of(folder)}"
     return facts
 
 
@@ -95,31 +105,25 @@ def of_config(config: Config) -> Facts:
 
 
 def of_tensors(path: Path) -> Facts:
-    """A safetensors file: its tensors, and the model it says it is of."""
+    """A safetensors file: its tensors, and the model it says, or shows, it is of."""
     meta = load_meta(path)
-    with safe_open(path, framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        kinds = {file.get_slice(name).get_dtype() for name in shapes}
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    facts: Facts = {"file": path, "size": _size(path), "tensors": len(shapes)}
-    facts |= {"numbers": f"{sum(sizes):,}", "types": ", ".join(sorted(kinds))}
-    if "config" in meta:
-        return facts | of_model(meta)
-    return facts | {k: json.dumps(v)[:200] for k, v in meta.items()} | dict(list(shapes.items())[:20])
+    if "config" not in meta:
+        latents = {"what": "latents of the pictures of a `generate`"} if "generate" in meta else {}
+        return of_weights(source_of(path), path) | latents | {k: json.dumps(v)[:2000] for k, v in meta.items()}
+    entries = source_of(path).entries.values()
+    numbers = sum(math.prod(entry.shape) for entry in entries)
+    types = ", ".join(sorted({entry.dtype for entry in entries}))
+    facts = {"file": path, "size": size_of(path), "tensors": len(entries), "numbers": f"{numbers:,}", "types": types}
+    return facts | of_model(meta)
 
 
 def of_picture(path: Path) -> Facts:
-    """A PNG that `sample` wrote: the settings that made it."""
-    try:
-        with Image.open(path) as image:
-            size, text = image.size, image.info.get("nanodiffusion")
-    except (OSError, SyntaxError, ValueError) as e:
-        raise UserError("the picture cannot be read", file=path, found=str(e)) from None
-    if text is None:
-        raise UserError(
-            "this picture carries no settings of ours", file=path, expected="a PNG from nanodiffusion sample"
-        )
-    return {"picture": path, "pixels": f"{size[0]} x {size[1]}", **json.loads(text)}
+    """A picture by the settings that made it: of `sample` and `generate`, or A1111's `parameters`."""
+    settings = read_settings(path)
+    with Image.open(path) as image:
+        pixels = f"{image.width} x {image.height}"
+    by = "nanodiffusion" if "nanodiffusion" in settings else "another program, with A1111's parameters"
+    return {"picture": path, "pixels": pixels, "made by": by, **settings}
 
 
 def of_recipe(path: Path) -> Facts:
@@ -133,13 +137,3 @@ def of_recipe(path: Path) -> Facts:
 def _component(spec: Facts) -> str:
     options = ", ".join(f"{k} {flow(v)}" for k, v in spec.items() if k != "name")
     return f"{spec['name']} ({options})" if options else str(spec["name"])
-
-
-def _size(path: Path) -> str:
-    files = path.rglob("*") if path.is_dir() else [path]
-    size = float(sum(f.stat().st_size for f in files if f.is_file()))
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"

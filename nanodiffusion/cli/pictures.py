@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nanodiffusion import show
 from nanodiffusion.config import SampleConfig
-from nanodiffusion.errors import UserError
 from nanodiffusion.draw import draw, make_ladder
+from nanodiffusion.errors import UserError
 from nanodiffusion.guidance import Bound
 from nanodiffusion.report import load_metrics
 from nanodiffusion.run import Run, make_data, picture
@@ -105,8 +105,8 @@ def draw_run(run: Run, labels: Tensor | None, say: Callable[[str], None]) -> Non
         "schedule.png": levels,
         "loss.png": lambda path: show.save_png(show.loss_plot(load_metrics(run.folder / "metrics.jsonl")), path),
     }
-    for name, draw in drawings.items():
+    for name, drawing in drawings.items():
         try:
-            draw(run.folder / name)
+            drawing(run.folder / name)
         except UserError as e:
             say(f"no {name}: {' '.join(str(e).split())}")

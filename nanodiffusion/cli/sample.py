@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from nanodiffusion import __version__, show
 from nanodiffusion.cli.pictures import batches, film, film_pace, joined, sheet
-from nanodiffusion.config import SampleConfig, check_options, from_dict
+from nanodiffusion.cli.words import changed, parse_value, read_pairs
+from nanodiffusion.config import SampleConfig, check_options
 from nanodiffusion.data.files import MODES, load_image
 from nanodiffusion.distributed import World, world
-from nanodiffusion.errors import UserError, lookup, nearest
-from nanodiffusion.fast import tune
 from nanodiffusion.draw import check_sampling, cycled
+from nanodiffusion.errors import UserError, lookup
+from nanodiffusion.fast import tune
 from nanodiffusion.run import Run, load_run
 
 PICTURED = 400  # samples in a picture, at most
@@ -51,8 +52,6 @@ Options = TypedDict(
     },
     total=False,
 )
-SHORT = {"rescale": "guidance_rescale", "interval": "guidance_interval"}
-COMPONENTS = ("sampler", "ladder")
 PICTURES = ("grid", "strip", "gif", "mp4")
 
 
@@ -82,59 +81,15 @@ def main(args: Namespace) -> int:
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
-def parse_value(text: str) -> Any:
-    """A number, true, false, null, [a,b,...] or a text, quoted or not, as Hydra's grammar reads them."""
-    text = text.strip()
-    if text.startswith("[") and text.endswith("]"):
-        return [parse_value(part) for part in text[1:-1].split(",") if part.strip()]
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        return text[1:-1]
-    words = {"true": True, "false": False, "null": None, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
 def read_words(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """key=value words as (options of the command, changes of the SampleConfig by dotted key), checked."""
     kinds = typing.get_type_hints(Options)
     ours = {k: v for k, v in typing.get_type_hints(SampleConfig).items() if k not in kinds}
-    given: dict[str, Any] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        key = SHORT.get(key, key)
-        if not equals:
-            raise UserError(f"what is {word!r}?", expected="key=value")
-        if key in given:
-            raise UserError("a key is given twice", key=key, found=word)
-        if key.split(".")[0] not in {**kinds, **ours} or ("." in key and key.split(".")[0] not in COMPONENTS):
-            raise UserError(f"unknown key {key}", fix=nearest(key, {**kinds, **ours, **SHORT}))
-        text_wanted = kinds.get(key) is str
-        given[key] = text if text_wanted else parse_value(text)
+    pairs = read_pairs(words, {**kinds, **ours})
+    given = {key: text if kinds.get(key) is str else parse_value(text) for key, text in pairs.items()}
     options = {k: v for k, v in given.items() if k in kinds}
     check_options(options, kinds, "")
     return options, {k: v for k, v in given.items() if k not in options}
-
-
-def changed(config: SampleConfig, changes: dict[str, Any]) -> SampleConfig:
-    """The run's SampleConfig with the changes; a component of another name starts without the recipe's options."""
-    values = asdict(config)
-    for key in COMPONENTS:
-        named = changes.get(f"{key}.name", changes.get(key))
-        if isinstance(named, str) and named != values[key]["name"]:
-            values[key] = {"name": named}
-    for key, value in changes.items():
-        home, _, option = key.partition(".")
-        if option:
-            values[home][option] = value
-        elif home not in COMPONENTS or not isinstance(value, str):
-            values[home] = value
-    return from_dict(SampleConfig, values)
 
 
 # -- a job -------------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from nanodiffusion.cli.pictures import draw_run
 from nanodiffusion.cli.recipes import compose, expand, find_recipe, flow, parse_overrides
 from nanodiffusion.config import Config, read_config
 from nanodiffusion.distributed import world
+from nanodiffusion.draw import cycled
 from nanodiffusion.errors import UserError
 from nanodiffusion.fast import tune
-from nanodiffusion.draw import cycled
 from nanodiffusion.nets import net_flops, net_size
 from nanodiffusion.report import write_report
 from nanodiffusion.run import Run, Runner, fit_net, load_run, make_data, make_denoiser

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from nanodiffusion.data.files import _opaque
+from nanodiffusion.data.files import opaque
 from nanodiffusion.errors import UserError, lookup, need
 
 CHANNELS: dict[Any, str] = {1: "L", 3: "RGB"}
@@ -30,7 +30,7 @@ def pixels(image: Any) -> np.ndarray:
     """
     if isinstance(image, Image.Image):
         grey = image.mode in ("1", "L") and not image.has_transparency_data
-        return np.asarray(image.convert("L") if grey else _opaque(image))
+        return np.asarray(image.convert("L") if grey else opaque(image))
     array = np.asarray(image)
     if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)

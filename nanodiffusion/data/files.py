@@ -120,14 +120,38 @@ def load_image(file: str | Path, size: int, mode: str = "RGB") -> np.ndarray:
     Bicubic over the area each new pixel covers. The header is read first: nothing above 64 megapixels is decoded.
     """
     with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, above {MAX_PIXELS / 1e6:g} megapixels")
+        _check_size(image)
         image.draft(mode, (2 * size, 2 * size))  # a JPEG decodes at a fraction of its size where that is enough
-        square = ImageOps.fit(_opaque(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.BICUBIC)
+        square = ImageOps.fit(opaque(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.BICUBIC)
     return np.atleast_3d(np.asarray(square.convert(mode))).transpose(2, 0, 1)
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def open_image(file: str | Path) -> Image.Image:
+    """One image whole, upright, on white where transparent: RGB or 8-bit grey. UserError, which names the file.
+
+    The header is read first: nothing above 64 megapixels is decoded, and nothing but PNG, JPEG and WEBP.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow's, on what is above our own limit
+            with Image.open(file, formats=FORMATS) as image:
+                _check_size(image)
+                return opaque(ImageOps.exif_transpose(image))
+    except Exception as e:  # a damaged file makes Pillow raise nearly anything
+        expected = f"a sound PNG, JPEG or WEBP of at most {MAX_PIXELS / 1e6:g} megapixels"
+        raise UserError("the picture cannot be read", file=file, expected=expected, found=_reason(e)) from None
+
+
+def _reason(e: Exception) -> str:
+    return e.strerror or str(e) if isinstance(e, OSError) else str(e) or type(e).__name__
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, above {MAX_PIXELS / 1e6:g} megapixels")
+
+
+def opaque(image: Image.Image) -> Image.Image:
     """RGB or 8-bit grey: 16-bit grey loses its low byte (Pillow would clip it), transparency goes on white."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -1,0 +1,359 @@
+"""`nanodiffusion convert IN OUT`: pickles to safetensors, and one layout of a checkpoint to the other.
+
+A pickle can run code. It is read here and nowhere else: in a process of its own, with limits on memory and time, by torch's
+reader of weights alone, and with every door that a pickle has been seen to use shut as well.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanodiffusion.cli.words import parse_value, read_pairs
+from nanodiffusion.errors import UserError, lookup
+from nanodiffusion.weights import PICKLES, disk_errors, save, source_of
+
+USAGE = "nanodiffusion convert IN OUT [dtype=fp16] [prediction=v] [tokenizer=FOLDER] [memory=GIB] [seconds=N]"
+DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+KEYS = {"dtype": str, "prediction": str, "tokenizer": str, "memory": float, "seconds": float}
+NESTS = ("state_dict", "model_state_dict", "module", "model", "params_ema", "params")  # where trainers put the weights
+# Pickled training states name these libraries' classes. They are not imported: an empty stand-in takes their place.
+INERT = re.compile(
+    r"(pytorch_lightning|lightning\w*|omegaconf|numpy|argparse|pathlib|ldm|sgm|diffusers|transformers)\..+"
+)
+NAMED = re.compile(r"GLOBAL ([\w.]+) (?:was not an allowed global|whose module)")
+SAID = re.compile(r"WeightsUnpickler error:\s*(.+)")
+SHUT = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "subprocess.", "socket.", "pty.")
+BASE_GIB, PER_BYTE = 4.0, 3.0  # what the reader may take: torch itself, and some copies of the file
+BYTES_PER_SECOND = 20e6  # the slowest disk it is given time for
+
+
+class Order(NamedTuple):
+    """What the command line asks for."""
+
+    source: Path
+    target: Path
+    dtype: str = "keep"
+    prediction: str | None = None
+    tokenizer: str | None = None
+    memory: float | None = None  # GiB
+    seconds: float | None = None
+
+
+def main(args: Namespace) -> int:
+    """Convert, and say what was written."""
+    order = read_order(args.words)
+    if order.target.exists():
+        raise UserError("this is there already, and is not written over", file=order.target, fix="another name")
+    for line in convert(order):
+        print(line)
+    print(f"wrote {order.target}")
+    return 0
+
+
+def read_order(words: Sequence[str]) -> Order:
+    """The command's words. UserError: not two paths, or keys that there are not."""
+    if len(words) < 2:
+        raise UserError("this command takes two paths", expected=USAGE, found=" ".join(words) or "none")
+    given: dict[str, Any] = {key: parse_value(text) for key, text in read_pairs(words[2:], KEYS).items()}
+    for key, value in given.items():
+        number = KEYS[key] is float
+        if number and (type(value) not in (int, float) or value <= 0):
+            raise UserError("not a positive number", key=key, found=value)
+        given[key] = value if number else str(value)
+    order = Order(Path(words[0]), Path(words[1]), **given)
+    lookup(DTYPES, order.dtype, "dtype")
+    if not order.source.exists():
+        raise UserError("there is nothing to convert", file=order.source, fix="check the path")
+    return order
+
+
+def convert(order: Order) -> Iterator[str]:
+    """Do it; what there is to say of it. UserError: as the loaders, or a pickle that is more than weights."""
+    to_file = order.target.suffix == ".safetensors"
+    if order.source.suffix in PICKLES:
+        with _beside(order.target) as place:
+            weights = place / f"{order.source.stem}.safetensors"
+            yield from unpickle(order, [(order.source, weights)])
+            _finish(order, weights, place, to_file)
+    elif order.source.is_dir() and _pickles(order.source):
+        with _beside(order.target) as place:
+            folder = place / "folder"
+            yield from _unpickle_folder(order, folder)
+            _finish(order, folder, place, to_file)
+    else:
+        _relayout(order, order.source, order.target)
+
+
+def _finish(order: Order, safe: Path, place: Path, to_file: bool) -> None:
+    """Bring what is safe now into the layout asked for, and into place."""
+    same = safe.is_file() == to_file
+    if same and order.dtype == "keep":
+        done = safe
+    else:
+        done = place / ("done.safetensors" if to_file else "done")
+        _relayout(order, safe, done)
+    with disk_errors(order.target):
+        os.replace(done, order.target)
+
+
+def _relayout(order: Order, source: Path, target: Path) -> None:
+    """From a checkpoint in one layout to the other, or the same in another dtype."""
+    from nanodiffusion.pretrained import load_pretrained
+    from nanodiffusion.publish import save_diffusers, save_single
+
+    to_file = target.suffix == ".safetensors"
+    if source.is_file() and to_file:
+        if order.dtype == "keep":
+            raise UserError("there is nothing to convert", file=source, fix="dtype=fp16, or a folder's name as OUT")
+        save(target, _cast(source_of(source).tensors(), DTYPES[order.dtype]))
+        return
+    if not to_file and target.suffix:
+        expected = "a name that ends in .safetensors, or a folder's without an ending"
+        raise UserError("convert to what?", file=target, expected=expected, found=target.suffix)
+    bundle = load_pretrained(
+        source, order.dtype, "cpu", prediction=order.prediction, tokenizer=order.tokenizer or _near(order.source)
+    )
+    (save_single if to_file else save_diffusers)(bundle, target)
+
+
+def _near(source: Path) -> Path | None:
+    """Where the tokenizer of a file lies that was moved to be read."""
+    return source.parent if source.is_file() and (source.parent / "tokenizer" / "vocab.json").is_file() else None
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A folder on the target's disk that is gone afterwards."""
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=f".convert-{target.name}-", dir=target.parent))
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+# -- a folder of pickles -------------------------------------------------------------------------------------------------
+
+KEPT = (".json", ".txt", ".model")
+RENAMED = {"pytorch_model": "model", "pytorch_model.fp16": "model.fp16"}
+
+
+def _pickles(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix in PICKLES and file.is_file())
+
+
+def _unpickle_folder(order: Order, target: Path) -> Iterator[str]:
+    """A diffusers folder with its pickles converted and its configs and vocabularies beside them."""
+    for file in sorted(order.source.rglob("*")):
+        place = target / file.relative_to(order.source)
+        if file.suffix in KEPT and file.is_file() and ".index." not in file.name:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+    safe = {file: file.with_name(RENAMED.get(file.stem, file.stem) + ".safetensors") for file in _pickles(order.source)}
+    yield from unpickle(order, [(file, target / name.relative_to(order.source)) for file, name in safe.items()])
+
+
+# -- the process that reads a pickle: its parent's side ------------------------------------------------------------------
+
+
+def unpickle(order: Order, pairs: Sequence[tuple[Path, Path]]) -> Iterator[str]:
+    """Write the tensors of pickles as safetensors, by another process: (from, to). UserError: refused, too large, too slow."""
+    sizes = [source.stat().st_size for source, _ in pairs]
+    memory = order.memory or BASE_GIB + PER_BYTE * max(sizes) / 2**30
+    seconds = order.seconds or 120 + sum(sizes) / BYTES_PER_SECOND
+    for (source, target), said in zip(pairs, _child(pairs, memory, seconds)):
+        if "error" in said:
+            raise UserError("this pickle is not converted", file=source, found=said["error"], fix=said.get("fix"))
+        source_of(target).entries  # noqa: B018  # what was written can be read
+        shown = source.relative_to(order.source) if source != order.source else source.name
+        if said["left"]:
+            yield f"{shown}: left out what are no tensors: {', '.join(said['left'])}"
+        yield f"{shown}: {said['tensors']} tensors"
+
+
+def _child(pairs: Sequence[tuple[Path, Path]], memory: float, seconds: float) -> list[dict[str, Any]]:
+    """What the process says of each pickle, up to the first that it refuses."""
+    root = str(Path(__file__).parents[2])
+    keep = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "SYSTEMROOT", "LANG")
+    environment = {key: os.environ[key] for key in keep if key in os.environ}
+    environment |= {"PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)]), "OMP_NUM_THREADS": "1"}
+    files = [str(file) for pair in pairs for file in pair]
+    command = [sys.executable, "-m", "nanodiffusion.cli.convert", str(memory), *files]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        return [{"error": f"it took more than {seconds:g} s", "fix": "seconds=N, if it is known to be sound"}]
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    if len(said) == len(pairs) or (said and "error" in said[-1]):
+        return said
+    words = (done.stderr.strip().splitlines() or ["nothing said"])[-1][:200]
+    died = {"error": f"its reader ended with {done.returncode}: {words}", "fix": "memory=GIB allows it more"}
+    return [*said, died]
+
+
+# -- its own side --------------------------------------------------------------------------------------------------------
+
+
+class Inert:
+    """What stands for a training library's object: it takes anything and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "Inert":
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        """Nothing."""
+
+    def extend(self, items: Any) -> None:
+        """Nothing."""
+
+
+def child(memory: str, *files: str) -> int:
+    """Read and write each pair of files, and say in one line of JSON how it went; stop at the first that is refused."""
+    _limit(float(memory))
+    for source, target in zip(files[::2], files[1::2]):
+        said = _convert_one(Path(source), Path(target))
+        print(json.dumps(said), flush=True)
+        if "error" in said:
+            break
+    return 0
+
+
+def _convert_one(source: Path, target: Path) -> dict[str, Any]:
+    try:
+        tensors, left = read_pickle(source)
+        save(target, tensors)
+    except UserError as e:
+        found = " ".join(filter(None, [e.what, str(e.details["found"] or "")]))
+        return {"error": found[:400], "fix": e.details["fix"]}
+    except (MemoryError, RuntimeError) as e:
+        fix = "memory=GIB allows it more, if it is known to be sound"
+        return {"error": (str(e).splitlines() or [type(e).__name__])[0][:300], "fix": fix}
+    return {"tensors": len(tensors), "left": left[:6]}
+
+
+def _limit(gib: float) -> None:
+    try:
+        import resource
+
+        most = int(gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, ValueError, OSError):  # a system without such limits has the time limit only
+        pass
+
+
+def read_pickle(source: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a pickle by name, and the names of what are none. Only for a process of its own."""
+    with _shut_doors():
+        loaded = _weights_only(source)
+    left: list[str] = []
+    tensors = dict(_flat(_unwrapped(loaded), "", left))
+    if not tensors:
+        raise UserError("it holds no tensors", found=", ".join(left[:6]) or type(loaded).__name__)
+    return tensors, left
+
+
+@contextmanager
+def _shut_doors() -> Iterator[None]:
+    """While this lasts no process can be started, no connection made and no file written: the second lock, behind torch's."""
+    shut = [True]
+
+    def guard(event: str, args: tuple[Any, ...]) -> None:
+        writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if shut and (writes or event.startswith(SHUT)):
+            raise UserError("it tried to do more than give weights:", found=event)
+
+    sys.addaudithook(guard)  # it cannot be taken out again, so it is told when to sleep
+    try:
+        yield
+    finally:
+        shut.clear()
+
+
+def _weights_only(source: Path) -> Any:
+    """torch's restricted reading; the classes of INERT libraries, and no others, are stood in for."""
+    stood_in: list[Any] = []
+    with open(source, "rb") as file:
+        head = file.read(4)
+    zipped = head == b"PK\x03\x04"
+    if not zipped and head[:1] != b"\x80":  # torch would also try it as a tar, which it unpacks
+        raise UserError("it is no pickle", found=f"{source.stat().st_size} bytes of something else")
+    while True:
+        try:
+            with torch.serialization.safe_globals(stood_in):
+                return torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
+        except UserError:
+            raise
+        except Exception as e:  # a damaged or hostile file raises anything
+            name = NAMED.search(str(e))
+            if name is None or not INERT.fullmatch(name[1]) or len(stood_in) > 50:
+                raise _refused(e, name and name[1]) from None
+            stood_in.append((Inert, name[1]))
+
+
+def _refused(error: Exception, name: str | None) -> UserError:
+    text = str(error)
+    if isinstance(error, MemoryError) or "allocate memory" in text:
+        raise MemoryError("it needs more memory than it is allowed")
+    if name:
+        fix = "save its state_dict() with torch instead" if name.startswith("torch.") else "do not trust this file"
+        return UserError("it is more than weights: it would call", found=name, fix=fix)
+    # torch's first lines advise to read the file without protection
+    words = found[1] if (found := SAID.search(text)) else (text.splitlines() or [type(error).__name__])[0]
+    return UserError("it cannot be read as weights:", found=words[:200], fix="download it again, or take another file")
+
+
+def _unwrapped(value: Any) -> Any:
+    """The state dict inside a training state; of an A1111 embedding its one tensor, under the name its safetensors have."""
+    if isinstance(value, Mapping) and isinstance(value.get("string_to_param"), Mapping):
+        return {"emb_params": next(iter(value["string_to_param"].values()), None)}
+    while isinstance(value, Mapping) and not any(isinstance(item, Tensor) for item in value.values()):
+        inner = next((value[key] for key in NESTS if isinstance(value.get(key), Mapping)), None)
+        if inner is None:
+            break
+        value = inner
+    return value
+
+
+def _flat(value: Any, name: str, left: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dicts and lists, by dotted names."""
+    if isinstance(value, Tensor):
+        yield name or "tensor", value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else str(key), left)
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _flat(item, f"{name}.{i}" if name else str(i), left)
+    else:
+        left.append(name or type(value).__name__)
+
+
+if __name__ == "__main__":
+    sys.exit(child(*sys.argv[1:]))
