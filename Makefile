@@ -28,13 +28,13 @@ demo: .venv/base  ## train on real images, make pictures, write runs/demo (about
 	@$(BIN)/nanodiffusion demo
 
 test: .venv/dev  ## the default test suite: offline, CPU
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2
 
 check: .venv/dev  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 slow: .venv/dev  ## the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow

@@ -16,8 +16,8 @@ from nanodiffusion.config import SampleConfig, TrainConfig
 from nanodiffusion.data import TensorData, swiss_roll
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.distributed import World
-from nanodiffusion.fast import adapt, tune
 from nanodiffusion.draw import draw
+from nanodiffusion.fast import adapt, tune
 from nanodiffusion.nets import build_net
 from nanodiffusion.noise import log_linear, table_density
 from nanodiffusion.sampler import STEPS as SOLVERS

@@ -3,7 +3,7 @@
     python examples/diffusers_wrapper.py [MODEL ["PROMPT"]]      writes sample.png; needs diffusers and transformers
 
 The networks stay diffusers' own: wrapped, they are called as ours are, so every sampler, ladder and guidance here works on
-them. For Stable Diffusion and SDXL `nanodiffusion.pretrained.load_pretrained` gives the same numbers without diffusers.
+them. For Stable Diffusion and SDXL `nanodiffusion.pretrained.load.load_pretrained` gives the same numbers without diffusers.
 
 text_guidance_scale is the usual one, D_u + scale (D_c - D_u), and 1 is none; in smalldiffusion's wrapper, where it was added
 to 1, the same picture takes a scale smaller by one.
@@ -21,7 +21,7 @@ from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.distributed import pick_device
 from nanodiffusion.errors import UserError, need
 from nanodiffusion.guidance import bind, cfg
-from nanodiffusion.scheduler_config import read_scheduler
+from nanodiffusion.pretrained.scheduler_config import read_scheduler
 from nanodiffusion.show import grid
 
 

@@ -48,6 +48,12 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     return (f"did you mean {close[0]!r}? " if close else "") + "valid: " + ", ".join(names)
 
 
+def few(names: Iterable[str]) -> str:
+    """The first three names, and a hint of more."""
+    names = list(names)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def lookup(table: Mapping[str, T], name: Any, key: str) -> T:
     """table[name], or a UserError that lists the nearest valid names."""
     try:

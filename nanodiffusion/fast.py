@@ -5,6 +5,7 @@ was measured to help: on an AVX-512 CPU that is not Intel's, torch's own choices
 """
 
 import ctypes
+import math
 import sys
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanodiffusion.nets.autoencoder import PixelAttention
 from nanodiffusion.nets.layers import Attention
+from nanodiffusion.nets.sd_layers import CrossAttention
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -89,23 +92,39 @@ def adapt(net: Net) -> Net:
     """Let the layers of a net on the CPU run in the way that is fastest there, in place; elsewhere do nothing.
 
     Attention becomes plain products, dropout draws 16 bits an element, and convolutions work channels-last, with a
-    GroupNorm made for that. Parameters, their layout and names, the call and the layers' types stay the same.
+    GroupNorm made for that. Parameters, their names, the call and the layers' types stay the same; so does the layout of
+    weights that want gradients, while frozen convolutions' weights become channels-last in memory.
     """
     if next(net.parameters()).device.type != "cpu":
         return net
     for module in net.modules():
-        if isinstance(module, Attention):
-            module.attend = attend_by_products
+        if isinstance(module, ATTENTION):
+            module.attend = attend
         elif type(module) in FASTER:
             module.__class__ = FASTER[type(module)]
+        if isinstance(module, ConvLast) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.contiguous(memory_format=LAST)
     return net
 
 
-MAX_SCORES = 2**26  # numbers of an attention matrix held at once, 256 MiB in fp32; beyond, the fused kernel
+ATTENTION = (Attention, CrossAttention, PixelAttention)  # those whose tokens see all others
+MAX_SCORES = 2**26  # numbers of an attention matrix kept for the gradient, 256 MiB in fp32; beyond, the fused kernel
+SCORES = 2**20  # numbers of it at work where there is none, 4 MiB: they stay in the cache
+LARGE = 64.0  # 2^64 and 2^-64 are far from the ends of float32 and bfloat16
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether a gradient through any of these is wanted."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention as it is fastest on this CPU: q, k, v (b heads n k) -> (b heads n k); Vaswani et al. 2017, eq. 1."""
+    return attend_by_products(q, k, v) if recorded(q, k, v) else attend_in_pieces(q, k, v)
 
 
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention as product, softmax, product: q, k, v (b heads n k) -> (b heads n k); Vaswani et al. 2017, eq. 1.
+    """Attention as product, softmax, product, in the dtype of q, k, v (b heads n k) -> (b heads n k).
 
     With oneDNN's products it is 2-3 times as fast as torch's fused CPU kernel; with MKL's, and when the scores would
     not fit, that kernel is called.
@@ -116,17 +135,70 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
+def attend_in_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention without a gradient, `SCORES` scores at a time: q (b heads n k), k, v (b heads m k) -> (b heads n k).
+
+    The scores and their exponentials are float32 whatever q, k, v are, as in torch's fused kernel: in bf16 the error
+    would double. It takes half of that kernel's time in bf16; where fp32 products are MKL's, the kernel is called.
+    """
+    b, h, n, d = q.shape
+    m = k.shape[2]
+    if q.device.type != "cpu" or torch.get_float32_matmul_precision() == "highest" or not b * h * n * m:
+        return F.scaled_dot_product_attention(q, k, v)
+    heads = max(1, SCORES // (n * m))
+    rows = max(1, SCORES // (heads * m))
+    out = q.new_empty(b * h, n, d)
+    with torch.autocast("cpu", enabled=False):
+        for q, k, v, o in zip(*(x.flatten(0, 1).split(heads) for x in (q, k, v)), out.split(heads)):
+            _attend(_wide(q) * (math.log2(math.e) * d**-0.5), _wide(k).transpose(1, 2).contiguous(), v, o, rows)
+    return out.unflatten(0, (b, h))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: int) -> None:
+    """softmax(ln2 q k) v into out, so many rows at once: q (g n k) and k (g k m) in float32, v (g m k), out (g n k).
+
+    The softmax wants no shift where no score can be large: |q k| <= |q| |k|.
+    """
+    bound = q.norm(dim=2).amax() * k.norm(dim=1).amax()
+    small = float(bound) <= LARGE and v.dtype != torch.float16
+    for some, to in zip(q.split(rows, dim=1), out.split(rows, dim=1)):
+        scores = some @ k
+        if not small:
+            scores.sub_(scores.amax(-1, keepdim=True))
+        scores.exp2_()
+        torch.div(scores.to(v.dtype) @ v, scores.sum(-1, keepdim=True), out=to)
+
+
 LAST = torch.channels_last
+FEW = 512  # pixels of all maps of a batch for which a convolution costs less than bringing its weights into shape
 
 
 class ConvLast(nn.Conv2d):
     """A convolution of channels-last maps (b c h w), which oneDNN does up to twice as fast as others.
 
-    Its weights stay as they were: torch's fused optimisers go wrong where a weight and its loaded state differ in layout.
+    Weights that want gradients stay as they were: torch's fused optimisers go wrong where a weight and its loaded state
+    differ in layout. oneDNN packs the weights on every call; frozen and channels-last, they are the rows of a matrix as they
+    are, and small maps are multiplied by that.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.contiguous(memory_format=LAST)).contiguous(memory_format=LAST)
+        x = input.contiguous(memory_format=LAST)
+        if self._as_product(x):
+            return self._product(x)
+        return super().forward(x).contiguous(memory_format=LAST)
+
+    def _as_product(self, x: Tensor) -> bool:
+        plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
+        frozen = self.weight.is_contiguous(memory_format=LAST) and not recorded(x, self.weight, self.bias)
+        few = x.shape[0] * x.shape[2] * x.shape[3] <= FEW and self.kernel_size != (1, 1)
+        return plain and frozen and few and not isinstance(self.padding, str)
+
+    def _product(self, x: Tensor) -> Tensor:
+        (h, w), (down, right) = self.padding, self.stride  # type: ignore[misc]
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, w, w, h, h))  # (b h w c)
+        windows = padded.unfold(1, self.kernel_size[0], down).unfold(2, self.kernel_size[1], right)  # (b h w c i j)
+        rows = windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
+        return F.linear(rows, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class GroupNormLast(nn.GroupNorm):

@@ -37,10 +37,10 @@ from nanodiffusion.config import RESUMABLE, Config, make, read_config
 from nanodiffusion.data import TensorData, load_data, split
 from nanodiffusion.denoiser import Denoiser, edm
 from nanodiffusion.distributed import World
+from nanodiffusion.draw import check_sampling, cycled, draw
 from nanodiffusion.ema import save_snapshot
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.fast import adapt
-from nanodiffusion.draw import check_sampling, cycled, draw
 from nanodiffusion.nets import NETS, build_net, net_flops, net_size
 from nanodiffusion.noise import DENSITIES, SCHEDULES, Density, Schedule
 from nanodiffusion.show import grid, point_cloud, save_png

@@ -1,4 +1,4 @@
-"""Write nanodiffusion/keys/*.json: every tensor of the published checkpoints, from diffusers and transformers on `meta`.
+"""Write nanodiffusion/pretrained/keys/*.json: every tensor of the published checkpoints, from the references on `meta`.
 
     python tests/make_keys.py            # writes; a diff shows what changed
     python tests/make_keys.py sdxl-unet  # only these
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 Shape = tuple[int, ...]
-FOLDER = Path(__file__).parents[1] / "nanodiffusion" / "keys"
+FOLDER = Path(__file__).parents[1] / "nanodiffusion" / "pretrained" / "keys"
 
 DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3

@@ -379,7 +379,7 @@ def single(family: str, marks: tuple[str, ...] = (), **options: Any) -> Path:
 def _single(family: str, folder: Path, marks: tuple[str, ...]) -> Path:
     from safetensors.torch import save_file
 
-    from nanodiffusion.layouts import join
+    from nanodiffusion.pretrained.layouts import join
 
     names = {"unet": "unet", "vae": "vae", "text_encoder": "text", "text_encoder_2": "text_2"}
     parts = {ours: tensors(folder / theirs) for theirs, ours in names.items() if (folder / theirs).is_dir()}

@@ -12,9 +12,9 @@ import sd_files
 import torch
 from torch import Tensor, nn
 
-from nanodiffusion.prompts import TextEncoder, TextPart
 from nanodiffusion.text import CLIPText, TextConfig
-from nanodiffusion.tokenizer import CLIPTokenizer
+from nanodiffusion.text.prompts import TextEncoder, TextPart
+from nanodiffusion.text.tokenizer import CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SIZES = {

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from nanodiffusion import generate as g
+from nanodiffusion import tasks as g
 from nanodiffusion.cli import main
 from nanodiffusion.cli.asked import (
     Helper,

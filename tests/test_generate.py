@@ -20,7 +20,7 @@ from PIL import Image
 from sd import randomise
 from torch.testing import assert_close
 
-from nanodiffusion import generate as g
+from nanodiffusion import tasks as g
 from nanodiffusion.data.conditioning import outpaint
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.errors import UserError
@@ -30,6 +30,9 @@ from nanodiffusion.nets.inpaint import InpaintTokens
 from nanodiffusion.nets.sd_unet import SDUNet
 from nanodiffusion.pretrained import load_controlnet, load_pretrained
 from nanodiffusion.sampler import ImageNoise
+from nanodiffusion.show import to_uint8
+from nanodiffusion.tasks.conditions import conditioning, pixels
+from nanodiffusion.tasks.run import ladder_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,7 +126,7 @@ def ladder(pipe):
 def noise_for(pipe, bundle, shape=(4, 8, 8), seeds=(0, 1)):
     """The unit noise with which our start is the reference's, which scales what it draws in its own way."""
     pipe.scheduler.set_timesteps(STEPS)
-    sigma = g.ladder_of(g.settle(g.GenerateConfig(), **ladder(pipe)), bundle.schedule)[0]
+    sigma = ladder_of(g.settle(g.GenerateConfig(), **ladder(pipe)), bundle.schedule)[0]
     vp = isinstance(pipe.scheduler, diffusers.DDIMScheduler | diffusers.DPMSolverMultistepScheduler)
     scale = pipe.scheduler.init_noise_sigma * ((1 + sigma**2) ** 0.5 if vp else 1)
     return ImageNoise(seeds).draw(*shape) * float(scale / sigma)
@@ -211,7 +214,7 @@ def test_sdxls_second_prompt_and_micro_conditioning_are_the_references():
 
 def test_sizes_are_not_rounded_by_half_precision():
     config = g.settle(g.GenerateConfig(), PROMPTS, original_size=(1023, 1025), width=64, height=64)
-    conds = g.conditioning(ours("sdxl"), g.complete(ours("sdxl"), config, g.Inputs()))
+    conds = conditioning(ours("sdxl"), g.complete(ours("sdxl"), config, g.Inputs()))
     assert torch.equal(conds[0]["sizes"], torch.tensor([[1023, 1025, 0, 0, 64, 64]] * 2))
 
 
@@ -593,7 +596,7 @@ def test_every_byte_survives_the_way_to_a_tensor_and_back():
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = Image.fromarray(np.stack([ramp] * 3, -1))
     config = g.GenerateConfig(width=16, height=16)
-    assert np.array_equal(g.to_uint8(g.pixels(image, config, "image", low=-1))[0].numpy(), np.array(image))
+    assert np.array_equal(to_uint8(pixels(image, config, "image", low=-1))[0].numpy(), np.array(image))
 
 
 # -- what cannot be asked ----------------------------------------------------------------------------------------------

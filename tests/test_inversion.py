@@ -7,9 +7,9 @@ from safetensors.torch import save_file
 from sd_text import new_pipeline, ours_like, reference_cond, relative, same_cond
 
 from nanodiffusion.errors import UserError
-from nanodiffusion.inversion import add, load_inversion, read_inversion
 from nanodiffusion.text import CLIPText
-from nanodiffusion.tokenizer import CLIPTokenizer
+from nanodiffusion.text.inversion import add, load_inversion, read_inversion
+from nanodiffusion.text.tokenizer import CLIPTokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 families = pytest.mark.parametrize("family", ["sd1", "sd2"])

@@ -18,20 +18,17 @@ from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from nanodiffusion.errors import UserError
-from nanodiffusion.layouts import (
+from nanodiffusion.pretrained.layouts import (
     IGNORED,
-    PUBLISHED,
     ROWS,
     Shape,
-    count,
-    detect,
     join,
     module_names,
     originals,
-    published,
     rename,
     split_single_file,
 )
+from nanodiffusion.pretrained.recognise import PUBLISHED, count, detect, published
 
 # (tensors, parameters) as their authors publish them
 COUNTS = {

@@ -16,14 +16,12 @@ from sd import SD1, XL, randomise, reference_unet
 from torch import Tensor, nn
 
 from nanodiffusion.errors import UserError
-from nanodiffusion.layouts import module_names, published
 from nanodiffusion.lora import (
     Applied,
     Factors,
     Lora,
     add_lora,
     block_of,
-    layers_of,
     lbw,
     lora_tensors,
     new_lora,
@@ -31,7 +29,10 @@ from nanodiffusion.lora import (
     resolve,
     save_lora,
 )
+from nanodiffusion.lora.names import layers_of
 from nanodiffusion.nets.sd_unet import SD15, SD21, SDXL, SDUNet, SDUNetConfig
+from nanodiffusion.pretrained.layouts import module_names
+from nanodiffusion.pretrained.recognise import published
 from nanodiffusion.text import CLIP_BIGG, CLIP_H, CLIP_L, CLIPText, TextConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from nanodiffusion.errors import UserError
-from nanodiffusion.generate import GenerateConfig, Inputs, complete, generate, pictures, plan, settle, stages
 from nanodiffusion.memory import (
     GIB,
     PLANS,
@@ -23,6 +22,8 @@ from nanodiffusion.memory import (
     on_meta,
 )
 from nanodiffusion.pretrained import load_pretrained
+from nanodiffusion.tasks import GenerateConfig, Inputs, complete, generate, pictures, plan, settle
+from nanodiffusion.tasks.plan import stages
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -142,7 +143,7 @@ def test_only_what_works_is_on_the_device(monkeypatch):
         yield
         held.remove(net)
 
-    monkeypatch.setattr("nanodiffusion.pretrained.at_work", watched)
+    monkeypatch.setattr("nanodiffusion.pretrained.load.at_work", watched)
     *_, last = generate(bundle, "a cat", steps=2, width=64, height=64)
     pictures(bundle, last.x)
     assert not held and max(most) == 2  # both text encoders; then the U-Net, then the codec

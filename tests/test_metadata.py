@@ -24,7 +24,7 @@ Lora hashes: "one: abc, two: def", Version: v1.10.1"""
 
 
 def random_text(r: random.Random) -> str:
-    alphabet = [*'abc XYZ019,:;()[]{}<>|\\/"\'\n\t', "é", "雪", "🦊", "\u202e", "ß"]
+    alphabet = [*"abc XYZ019,:;()[]{}<>|\\/\"'\n\t", "é", "雪", "🦊", "\u202e", "ß"]
     return "".join(r.choices(alphabet, k=r.randrange(40)))
 
 

@@ -9,8 +9,8 @@ from sd_text import ours_like, ours_of, pipeline, reference_cond, relative, same
 from torch.testing import assert_close
 
 from nanodiffusion.errors import UserError
-from nanodiffusion.prompts import TextEncoder, TextPart, chunks, emphasise, mix, parse
 from nanodiffusion.text import CLIPText, TextConfig, replace_token
+from nanodiffusion.text.prompts import TextEncoder, TextPart, chunks, emphasise, mix, parse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 families = pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import sd_files
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -11,10 +12,19 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_example_runs_and_draws(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert "steps=10_000" in code
     exec(compile(code.replace("steps=10_000", "steps=20"), "README.md", "exec"), {})
     assert (tmp_path / "swissroll.png").stat().st_size > 10_000
+
+
+def test_the_stable_diffusion_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert model in code
+    exec(compile(code.replace(model, str(sd_files.tree("sd1"))), "README.md", "exec"), {})
+    assert (tmp_path / "castle.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nanodiffusion").rglob("*.py")), ids=lambda p: p.stem)

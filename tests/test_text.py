@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from nanodiffusion.errors import UserError
 from nanodiffusion.text import CLIP_BIGG, CLIP_H, CLIP_L, CLIPText, TextConfig, mix_tokens, replace_token
-from nanodiffusion.tokenizer import CLIPTokenizer
+from nanodiffusion.text.tokenizer import CLIPTokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 pads = pytest.mark.parametrize("pad", [END, "!"])

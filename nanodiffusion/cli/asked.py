@@ -12,7 +12,7 @@ from nanodiffusion import __version__
 from nanodiffusion.cli.words import SHORT, changed, is_known, parse_value
 from nanodiffusion.config import check_options, from_dict
 from nanodiffusion.errors import UserError
-from nanodiffusion.request import GenerateConfig, settle
+from nanodiffusion.tasks import GenerateConfig, settle
 
 PROMPTS = 1 << 20  # bytes of a file of prompts, at most
 CANNY = [100, 200]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanodiffusion.cli.words import parse_value, read_pairs
 from nanodiffusion.errors import UserError, lookup
-from nanodiffusion.weights import PICKLES, disk_errors, save, source_of
+from nanodiffusion.pretrained.weights import PICKLES, disk_errors, save, source_of
 
 USAGE = "nanodiffusion convert IN OUT [dtype=fp16] [prediction=v] [tokenizer=FOLDER] [memory=GIB] [seconds=N]"
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -111,7 +111,7 @@ def _finish(order: Order, safe: Path, place: Path, to_file: bool) -> None:
 def _relayout(order: Order, source: Path, target: Path) -> None:
     """From a checkpoint in one layout to the other, or the same in another dtype."""
     from nanodiffusion.pretrained import load_pretrained
-    from nanodiffusion.publish import save_diffusers, save_single
+    from nanodiffusion.pretrained.publish import save_diffusers, save_single
 
     to_file = target.suffix == ".safetensors"
     if source.is_file() and to_file:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from nanodiffusion.errors import UserError
-from nanodiffusion.inversion import read_inversion
-from nanodiffusion.layouts import FAMILY_OF_CONTEXT, Guess, detect, rename
 from nanodiffusion.lora import read_lora
-from nanodiffusion.scheduler_config import read_scheduler
-from nanodiffusion.weights import STEMS, Entry, Source, read_json, source_of, variants
+from nanodiffusion.pretrained.layouts import rename
+from nanodiffusion.pretrained.recognise import FAMILY_OF_CONTEXT, Guess, detect
+from nanodiffusion.pretrained.scheduler_config import read_scheduler
+from nanodiffusion.pretrained.weights import STEMS, Entry, Source, read_json, source_of, variants
+from nanodiffusion.text.inversion import read_inversion
 
 Facts = dict[str, Any]
 

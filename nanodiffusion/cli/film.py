@@ -13,8 +13,8 @@ from torch import Tensor
 from nanodiffusion import show
 from nanodiffusion.checkpoint import save_tensors
 from nanodiffusion.errors import lookup
-from nanodiffusion.generate import eps_of
 from nanodiffusion.sampler import State
+from nanodiffusion.tasks import eps_of
 
 FRAMES = 60  # steps in a film, at most
 FILMED = 16  # pictures in it, at most

@@ -22,15 +22,15 @@ from nanodiffusion.distributed import pick_device
 from nanodiffusion.draw import make_step
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.fast import tune
-from nanodiffusion.generate import Job, between, complete, pictures, prepare, unit_noise
 from nanodiffusion.memory import GIB, Peak
 from nanodiffusion.nets import net_size
 from nanodiffusion.noise import LADDERS
 from nanodiffusion.pretrained import Bundle
-from nanodiffusion.prompts import TextEncoder
-from nanodiffusion.request import GenerateConfig
 from nanodiffusion.sampler import State
-from nanodiffusion.tasks import encode
+from nanodiffusion.tasks import GenerateConfig, Job, between, complete, pictures, prepare
+from nanodiffusion.tasks.conditions import encode
+from nanodiffusion.tasks.run import unit_noise
+from nanodiffusion.text.prompts import TextEncoder
 
 Watch = Callable[[Tensor, State, int], None]  # x before a step, the state after it, of how many
 

@@ -18,8 +18,8 @@ from nanodiffusion.data.files import SUFFIXES
 from nanodiffusion.errors import UserError, nearest
 from nanodiffusion.metadata import read_settings
 from nanodiffusion.nets import net_flops, net_size
+from nanodiffusion.pretrained.weights import PICKLES, pickled, source_of
 from nanodiffusion.run import find_checkpoint, make_denoiser
-from nanodiffusion.weights import PICKLES, pickled, source_of
 
 Facts = dict[str, Any]
 

@@ -17,7 +17,7 @@ from nanodiffusion.cli.pictures import film_pace
 from nanodiffusion.errors import UserError, lookup, need
 from nanodiffusion.metadata import COMMON, chunks, parameters
 from nanodiffusion.pretrained import load_tiny
-from nanodiffusion.tasks import to_image
+from nanodiffusion.tasks.conditions import to_image
 
 FOLDER = "pictures"
 PICTURES = "pictures"  # a film of the pictures themselves, on the way from prompt to prompt

@@ -16,14 +16,13 @@ from nanodiffusion.data.conditioning import canny, outpaint
 from nanodiffusion.data.files import open_image
 from nanodiffusion.errors import UserError, lookup, need
 from nanodiffusion.fast import adapt
-from nanodiffusion.generate import plan
-from nanodiffusion.hub import cached, split_name
-from nanodiffusion.inversion import load_inversion
 from nanodiffusion.lora import add_lora, read_lora
 from nanodiffusion.memory import PLANS
 from nanodiffusion.pretrained import Bundle, load_adapter, load_codec, load_controlnet, load_pretrained
-from nanodiffusion.request import AdapterInput, Control, GenerateConfig, Inputs
-from nanodiffusion.weights import source_of
+from nanodiffusion.pretrained.hub import cached, split_name
+from nanodiffusion.pretrained.weights import source_of
+from nanodiffusion.tasks import AdapterInput, Control, GenerateConfig, Inputs, plan
+from nanodiffusion.text.inversion import load_inversion
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -15,7 +15,7 @@ from nanodiffusion.cli.outputs import Names, check_output
 from nanodiffusion.cli.parts import load_parts
 from nanodiffusion.errors import UserError
 from nanodiffusion.metadata import read_settings
-from nanodiffusion.request import GenerateConfig
+from nanodiffusion.tasks import GenerateConfig
 
 MOST = {
     "steps": 10_000,

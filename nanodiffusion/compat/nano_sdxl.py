@@ -28,25 +28,25 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanodiffusion import architecture as arch
 from nanodiffusion import noise, sampler
 from nanodiffusion.codec import SDXL_VAE, AutoencoderKL, AutoencoderKLConfig
 from nanodiffusion.data.conditioning import to_unit
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.guidance import bind, cfg
-from nanodiffusion.hub import locate
 from nanodiffusion.nets.adapter import ADAPTER_SDXL, Adapter, AdapterConfig
 from nanodiffusion.nets.controlnet import Controlled, ControlNet, ControlNetConfig, control_strengths
 from nanodiffusion.nets.inpaint import InpaintTokens
 from nanodiffusion.nets.sd_layers import Run, call, recompute
 from nanodiffusion.nets.sd_unet import SDXL, SDUNet, SDUNetConfig
 from nanodiffusion.pretrained import Part
-from nanodiffusion.prompts import TextEncoder, TextPart
+from nanodiffusion.pretrained import architecture as arch
+from nanodiffusion.pretrained.hub import locate
+from nanodiffusion.pretrained.weights import load as load_weights
+from nanodiffusion.pretrained.weights import source_of
 from nanodiffusion.show import to_uint8
 from nanodiffusion.text import CLIP_BIGG, CLIP_L, CLIPText, CLIPTokenizer, TextConfig
-from nanodiffusion.weights import load as load_weights
-from nanodiffusion.weights import source_of
+from nanodiffusion.text.prompts import TextEncoder, TextPart
 
 __all__ = [
     "SDXLAdapter",

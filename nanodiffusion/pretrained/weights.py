@@ -5,11 +5,12 @@ Another dtype or device is reached one tensor at a time, so the peak is the resu
 """
 
 import difflib
+import gc
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +19,11 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nanodiffusion.checkpoint import load_meta
-from nanodiffusion.errors import UserError
-from nanodiffusion.layouts import Piece
+from nanodiffusion.errors import UserError, few
+from nanodiffusion.pretrained.layouts import Piece
 
 Module = TypeVar("Module", bound=nn.Module)
 Rename = Callable[[Iterable[str]], Mapping[str, Piece]]  # names in the file -> the network's name -> where it is read
@@ -224,14 +226,58 @@ def load(
     dtype: of every floating-point weight; None keeps the file's. rename: where each weight is read when the file's names are
     not the network's. The result is in eval mode and wants no gradients. UserError: names or shapes that do not fit.
     """
-    with torch.device("meta"):
+    with _uncollected():
+        return _load(build, source, dtype, torch.device(device), rename)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: thousands of new modules and tensors set it off again and again, for nothing.
+
+    SDXL's U-Net in a fresh process: 0.19 s with it, 0.10 s without.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _load(
+    build: Callable[[], Module], source: Source, dtype: torch.dtype | None, device: torch.device, rename: Rename | None
+) -> Module:
+    with _OnMeta():
         module = build()
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     pieces = _pieces(wanted, source, rename)
     check_names(wanted, source.shapes_of(pieces), source)
-    module.load_state_dict(dict(_moved(pieces, source, dtype, torch.device(device))), strict=True, assign=True)
-    _check_present(module)
-    return module.eval().requires_grad_(False)
+    module.load_state_dict(dict(_moved(pieces, source, dtype, device)), strict=True, assign=True)
+    for tensor in (*module.parameters(), *module.buffers()):  # buffers outside the state dict too
+        if tensor.is_meta:
+            raise _without_values(module)
+        tensor.requires_grad_(False)
+    return module.eval()
+
+
+class _OnMeta(TorchFunctionMode):
+    """Tensors are made on meta, as under torch.device("meta"), and initialisation, which has nothing to fill, is left out."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function in _FILLS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        if function in _MAKERS and (kwargs is None or kwargs.get("device") is None):
+            return function(*args, **{**(kwargs or {}), "device": "meta"})
+        return function(*args, **(kwargs or {}))
+
+
+_MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.tensor, torch.eye}
+_MAKERS |= {torch.arange, torch.linspace, torch.logspace, torch.randint, torch.randperm, torch.empty_strided}
+_FILLS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.ones_, nn.init.zeros_}
+_FILLS |= {Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_}
 
 
 def _pieces(wanted: Mapping[str, Any], source: Source, rename: Rename | None) -> Mapping[str, Piece]:
@@ -264,16 +310,29 @@ def _mapped(entries: Iterable[tuple[str, Entry]], window: int | None) -> Iterato
     A page that was read counts as the process's memory for as long as its mapping lives; after `window` bytes the file is
     therefore mapped anew, and the old mapping goes with its last tensor.
     """
-    file, opened, read = None, None, 0
+    file, opened, start, read = None, None, 0, 0
     for name, entry in entries:
         try:
             if opened is None or entry.file != file or (window and read > window):
+                start = start + read if entry.file == file else 0
                 file, opened, read = entry.file, safe_open(entry.file, framework="pt"), 0
+                if window:
+                    _read_ahead(file, start, 4 * window)
             tensor = opened.get_tensor(name)
         except (OSError, SafetensorError) as e:
             raise UserError("this tensor cannot be read", file=entry.file, key=name, found=str(e)) from e
         read += tensor.nbytes
         yield name, tensor
+
+
+def _read_ahead(file: Path, start: int, length: int) -> None:
+    """Ask the system to have this part of a file in memory soon; a mapping alone is read in small steps, as it is touched."""
+    with suppress(OSError, AttributeError):  # not every system can be asked
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
 
 def check_names(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Source) -> None:
@@ -285,7 +344,7 @@ def check_names(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     if any(kinds.values()):
-        listed = [f"{len(names)} {kind}: {_few(names)}" for kind, names in kinds.items() if names]
+        listed = [f"{len(names)} {kind}: {few(names)}" for kind, names in kinds.items() if names]
         raise UserError(
             "these weights do not fit the network",
             file=source.where,
@@ -295,26 +354,16 @@ def check_names(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple
         )
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
 def _nearest_names(missing: list[str], unexpected: list[str]) -> str | None:
     close = ((name, difflib.get_close_matches(name, unexpected[:2000], n=1)) for name in missing[:3])
     pairs = [f"{match[0]} for {name}" for name, match in close if match]
     return "the nearest names in the file: " + ", ".join(pairs) if pairs else None
 
 
-def _check_present(module: nn.Module) -> None:
-    left = [name for name, tensor in _all_tensors(module) if tensor.is_meta]
-    if left:
-        fix = "compute it in forward, or make it a persistent buffer"
-        raise UserError("a tensor of the network is in no file and has no values", key=_few(left), fix=fix)
-
-
-def _all_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()  # those outside the state dict too
+def _without_values(module: nn.Module) -> UserError:
+    names = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    fix = "compute it in forward, or make it a persistent buffer"
+    return UserError("a tensor of the network is in no file and has no values", key=few(names), fix=fix)
 
 
 # -- back to disk --------------------------------------------------------------------------------------------------------

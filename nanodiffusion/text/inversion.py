@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from nanodiffusion.checkpoint import load_tensors
 from nanodiffusion.errors import UserError
-from nanodiffusion.prompts import NAMES, TextEncoder, TextPart
-from nanodiffusion.text import CLIPText
+from nanodiffusion.text.encoder import CLIPText
+from nanodiffusion.text.prompts import NAMES, TextEncoder, TextPart
 
 M = TypeVar("M", bound=nn.Module)
 PICKLES = {".pt", ".bin", ".ckpt", ".pth", ".pkl"}

@@ -6,7 +6,7 @@ The cache has the layout of the package huggingface_hub, which is needed to down
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanodiffusion.errors import UserError, need
+from nanodiffusion.pretrained.weights import PICKLES, STEMS
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # a branch, a tag, refs/pr/1 or a commit
@@ -138,9 +139,63 @@ def cached(name: str, revision: str | None = None) -> Path | None:
 def _cached(name: str, revision: str | None, why: str) -> Path:
     found = cached(name, revision)
     if found is None:
-        at = f" at {revision}" if revision else ""
-        fix = "download it on a machine with a network, or give a local folder or file"
-        raise UserError(f"there is no {name!r}{at} here or in the cache", file=cache_folder(), found=why, fix=fix)
+        expected = f"a path, or {name}{f' at {revision}' * bool(revision)} in {cache_folder()}"
+        fix = "check the path; or download it on a machine with a network"
+        raise UserError("there is no such model here", file=name, expected=expected, found=why, fix=fix)
     if not is_offline():
         warnings.warn(f"{why}; using {name} as it is in the cache, commit {found.name}", stacklevel=4)
     return found
+
+
+# -- which files of a repository are needed ------------------------------------------------------------------------------
+
+SMALL = re.compile(r"(config|\w+_config|model_index|vocab|special_tokens_map|added_tokens|tokenizer)\.json|merges\.txt")
+
+
+def needed(files: list[str], variant: str | None, folders: Sequence[str]) -> list[str]:
+    """Of a repository's files those that a loader reads: configs, vocabularies, one set of weights per component.
+
+    UserError: it holds none, or pickles only.
+    """
+    by_folder: dict[str, list[str]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        by_folder.setdefault(folder, []).append(name)
+    inside = [folder for folder in folders if folder in by_folder]
+    weights = inside or [""]  # a repository of one component has it at its root
+    chosen = [_join(f, n) for f in ("", *inside) for n in by_folder.get(f, []) if SMALL.fullmatch(n)]
+    for folder in weights:
+        chosen += [_join(folder, name) for name in _weights(by_folder.get(folder, []), variant)]
+    if not any(name.endswith(".safetensors") for name in chosen):
+        raise _no_weights(files)
+    return chosen
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _weights(names: list[str], variant: str | None) -> list[str]:
+    """The weight files among a folder's: of the variant where it has them, whole or in shards."""
+    stems = "|".join(STEMS)
+    for middle in ([rf"\.{re.escape(variant)}"] if variant else []) + [""]:
+        whole = [n for n in names if re.fullmatch(rf"({stems}){middle}\.safetensors", n)]
+        shards = [n for n in names if re.fullmatch(rf"({stems}){middle}-\d+-of-\d+\.safetensors", n)]
+        index = [n for n in names if re.fullmatch(rf"({stems})\.safetensors\.index{middle}\.json", n)]
+        if whole or (index and shards):
+            return whole or index + shards
+    return []
+
+
+def _no_weights(files: list[str]) -> UserError:
+    alone = [file for file in files if file.endswith(".safetensors")]
+    pickles = [file for file in files if file.endswith(PICKLES)]
+    found = ", ".join((alone or pickles or files)[:4]) or "nothing"
+    fix = (
+        f"name the file: OWNER/NAME/{alone[0]}"
+        if alone
+        else "download one and use nanodiffusion convert"
+        if pickles
+        else None
+    )
+    return UserError("this repository has no weights laid out as a checkpoint", found=found, fix=fix)

@@ -18,7 +18,7 @@ from nanodiffusion.nets.adapter import sum_features
 from nanodiffusion.nets.controlnet import Controlled, check_family, control_strengths
 from nanodiffusion.nets.inpaint import InpaintTokens
 from nanodiffusion.pretrained import Bundle
-from nanodiffusion.request import (
+from nanodiffusion.tasks.request import (
     AdapterInput,
     Control,
     Embeddings,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.nets.layers import check_multiple, check_positive
-from nanodiffusion.tokenizer import CLIPTokenizer
+from nanodiffusion.text.tokenizer import CLIPTokenizer
 
 __all__ = [
     "ACTIVATIONS",

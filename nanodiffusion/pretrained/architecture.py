@@ -447,7 +447,9 @@ def _size_features(added: int, pooled: int) -> int:
     features, rest = divmod(added - pooled, SIZES)
     if added and (rest or features < 1):
         key, fix = "add_embedding.linear_1.weight", "keep it beside the config.json that says how they are shared out"
-        raise UserError("which added features are the text's?", key=key, expected=f"{pooled} of them", found=added, fix=fix)
+        raise UserError(
+            "which added features are the text's?", key=key, expected=f"{pooled} of them", found=added, fix=fix
+        )
     return features if added else SDUNetConfig.size_features
 
 

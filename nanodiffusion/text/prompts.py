@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from nanodiffusion.errors import UserError, lookup
-from nanodiffusion.text import CLIPText, Encoded
-from nanodiffusion.tokenizer import CLIPTokenizer, Group
+from nanodiffusion.text.encoder import CLIPText, Encoded
+from nanodiffusion.text.tokenizer import CLIPTokenizer, Group
 
 Cond = dict[str, Tensor]
 Section = list[tuple[str, float]]

@@ -9,7 +9,6 @@ Each argument becomes a tensor of cond, a wrapper of the denoiser or another sta
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,25 @@ from torch import Tensor, nn
 from nanodiffusion.draw import make_ladder, make_step
 from nanodiffusion.errors import UserError
 from nanodiffusion.guidance import Bound, keep
-from nanodiffusion.memory import Plan, Stage, choose
-from nanodiffusion.nets.controlnet import Controlled
 from nanodiffusion.nets.inpaint import InpaintTokens
 from nanodiffusion.noise import Schedule, given_sigmas, given_timesteps
 from nanodiffusion.pretrained import Bundle
-from nanodiffusion.request import (
+from nanodiffusion.sampler import ImageNoise, State, Step, sample, start
+from nanodiffusion.show import to_uint8
+from nanodiffusion.tasks.conditions import (
+    Known,
+    conditioning,
+    denoiser_of,
+    know,
+    pixels,
+    ready,
+    slerp,
+    to_image,
+    walk,
+    with_known,
+    with_loss,
+)
+from nanodiffusion.tasks.request import (
     AdapterInput,
     Control,
     Embeddings,
@@ -34,45 +46,8 @@ from nanodiffusion.request import (
     Loss,
     Picture,
     complete,
-    pictures_of,
     settle,
 )
-from nanodiffusion.sampler import ImageNoise, State, Step, sample, start
-from nanodiffusion.show import to_uint8
-from nanodiffusion.tasks import (
-    Known,
-    between,
-    conditioning,
-    denoiser_of,
-    know,
-    pixels,
-    ready,
-    slerp,
-    text_nets,
-    to_image,
-    walk,
-    with_known,
-    with_loss,
-)
-
-__all__ = [
-    "AdapterInput",
-    "Control",
-    "GenerateConfig",
-    "Inputs",
-    "Job",
-    "between",
-    "complete",
-    "eps_of",
-    "generate",
-    "paste",
-    "pictures",
-    "plan",
-    "prepare",
-    "settle",
-    "slerp",
-    "with_eps",
-]
 
 
 @dataclass(frozen=True)
@@ -152,61 +127,6 @@ def prepare(bundle: Bundle, config: GenerateConfig, inputs: Inputs | None = None
         D = keep(D, known.x0, known.mask)
     nets = (bundle.denoiser.net, *(c.net for c in inputs.controls))
     return Job(D, x.to(bundle.device), sigmas, step, config, seeds, bundle, nets)
-
-
-# -- memory ------------------------------------------------------------------------------------------------------------
-
-
-def plan(bundle: Bundle, config: GenerateConfig, inputs: Inputs | None = None, memory: str = "auto") -> Plan:
-    """Choose how memory is spent on such pictures, by name or by what is free, and let the bundle work by it.
-
-    UserError when the name is unknown. Moving networks away needs load_pretrained(..., offload=True).
-    """
-    inputs = inputs or Inputs()
-    config = complete(bundle, config, inputs)
-    chosen = choose(memory, partial(stages, bundle, config, inputs), bundle.device)
-    bundle.plan, bundle.codec.tile, bundle.codec.slices = chosen, chosen.tile, chosen.slices
-    return chosen
-
-
-def stages(bundle: Bundle, config: GenerateConfig, inputs: Inputs, how: Plan) -> dict[str, Stage]:
-    """What a run does, in order, with meta tensors of the shapes that it meets."""
-    b = pictures_of(config, inputs)
-    h, w = (side // bundle.codec.factor for side in (config.height, config.width))
-    latent = (bundle.codec.latent_channels, h, w)
-
-    def decode(codec: Any) -> Tensor:
-        codec.tile, codec.slices = how.tile, how.slices
-        return codec.decode(torch.empty(b, *latent))
-
-    def read(nets: Any) -> list[Any]:
-        return [net(torch.zeros(2 * b, net.config.positions, dtype=torch.int64)) for net in nets]
-
-    controls = [c.net for c in inputs.controls]
-    step = partial(_one_step, b if config.guidance == 1 else 2 * b, latent)
-    return {
-        "text": Stage(nn.ModuleList(text_nets(bundle)), read),
-        "denoiser": Stage(nn.ModuleList([bundle.denoiser.net, *controls]), step),
-        "codec": Stage(bundle.codec, decode),
-    }
-
-
-def _one_step(b: int, latent: tuple[int, int, int], nets: Any) -> Tensor:
-    """The U-Net with its ControlNets on b rows."""
-    unet, *controls = nets
-    c, (_, h, w) = unet.config, latent
-    dtype = unet.conv_in.weight.dtype
-    new = partial(torch.empty, dtype=dtype)
-    cond: dict[str, Any] = {"context": new(b, 77, c.context_dim)}
-    if c.added_dim:
-        cond |= {"pooled": new(b, c.pooled_dim), "sizes": torch.zeros(b, 6, dtype=torch.int64)}
-    if extra := c.channels_in - latent[0] or c.pass_through:
-        cond["concat"] = new(b, extra, h, w)
-    if controls:
-        cond["hints"] = tuple(new(b, n.config.widths[0] if n.control.hint_channels else 5, h, w) for n in controls)
-        cond["strengths"] = tuple(new(b, n.count) for n in controls)
-    net = Controlled(unet, controls) if controls else unet
-    return net(new(b, *latent), torch.zeros(b), **cond)
 
 
 # -- the start ---------------------------------------------------------------------------------------------------------

@@ -5,12 +5,8 @@ single .safetensors in the original layout. It is told by its configs and its te
 """
 
 import hashlib
-import json
-import os
-import re
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -18,23 +14,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nanodiffusion import architecture as arch
 from nanodiffusion.codec import SD_VAE, SDXL_VAE, AutoencoderKL, AutoencoderKLConfig, TinyAutoencoder
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.distributed import pick_device
 from nanodiffusion.errors import UserError, lookup
-from nanodiffusion.hub import Place, cached, locate
-from nanodiffusion.layouts import Piece, detect, originals, rename
 from nanodiffusion.memory import PLANS, Plan, at_work
 from nanodiffusion.nets.adapter import Adapter
 from nanodiffusion.nets.controlnet import ControlNet
 from nanodiffusion.nets.sd_unet import SDUNet, SDUNetConfig
-from nanodiffusion.noise import SCHEDULES, SIGMA_CAP, Schedule, from_betas, ldm
-from nanodiffusion.prompts import TextEncoder, TextPart
+from nanodiffusion.noise import Schedule, ldm
+from nanodiffusion.pretrained import architecture as arch
+from nanodiffusion.pretrained.hub import Place, cached, locate, needed
+from nanodiffusion.pretrained.layouts import Piece, rename
+from nanodiffusion.pretrained.recognise import detect
+from nanodiffusion.pretrained.scheduler_config import PREDICTIONS, read_scheduler, zero_terminal_snr
+from nanodiffusion.pretrained.weights import STEMS, Source, load, read_json, source_of, variants
 from nanodiffusion.text import CLIPText, CLIPTokenizer, TextConfig
-from nanodiffusion.weights import PICKLES, STEMS, Source, disk_errors, load, read_json, save, source_of, sync, variants
+from nanodiffusion.text.prompts import TextEncoder, TextPart
 
 # -- the families --------------------------------------------------------------------------------------------------------
 
@@ -61,11 +59,12 @@ class Family:
     scale: float  # of the latents
     sizes: bool = False  # takes the picture's sizes as conditioning
     zero_uncond: bool = False  # trained with zeros, not with the encoded "", as the empty prompt
+    predicts_v: bool = False  # or eps: both were published, and files do not say which
 
 
 FAMILIES = {
     "sd1": Family("sd1", 512, 7.5, (TextRow("quick_gelu"),), SD_VAE.scale),
-    "sd2": Family("sd2", 768, 7.5, (TextRow("gelu", pad=0),), SD_VAE.scale),
+    "sd2": Family("sd2", 768, 7.5, (TextRow("gelu", pad=0),), SD_VAE.scale, predicts_v=True),
     "sdxl": Family(
         "sdxl",
         1024,
@@ -76,8 +75,6 @@ FAMILIES = {
         zero_uncond=True,
     ),
 }
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-BETAS = {"scaled_linear": "ldm", "linear": "ddpm", "squaredcos_cap_v2": "cosine_beta", "sigmoid": "sigmoid_beta"}
 TEXTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))  # their folders
 # Where the vocabulary that all these families share is likely to lie in the cache, for files that bring none.
 VOCABULARIES = (
@@ -488,7 +485,7 @@ def _from_file(place: Place, options: Options, prediction: str | None, tokenizer
     family = FAMILIES[guess.family]
     said = prediction or guess.prediction or _usual_prediction(place.path, family, guess.channels_in)
     parts = Parts(
-        replace(family, size=512) if family.name == "sd2" and said == "eps" else family,
+        replace(family, size=512) if family.predicts_v and said == "eps" else family,
         Part("unet", KINDS["unet"].words, source, None),
         Part("vae", KINDS["vae"].words, source, None),
         [Part(name, "CLIP text encoder", source, None) for name in names],
@@ -501,7 +498,7 @@ def _from_file(place: Place, options: Options, prediction: str | None, tokenizer
 
 def _usual_prediction(file: Path, family: Family, channels_in: int | None) -> str:
     """What files that do not say it predict: eps, but v for SD 2.x' plain U-Net, where both were published."""
-    if family.name != "sd2" or channels_in != 4:
+    if not family.predicts_v or channels_in != 4:
         return "eps"
     note = (
         f"{file.name} does not say what it predicts: v, as SD 2.1 at 768 does; prediction=eps if it is the base model"
@@ -566,248 +563,3 @@ def vocabulary(file: Path, given: Path | None, row: TextRow) -> CLIPTokenizer:
         expected="vocab.json and merges.txt of CLIP, in a folder tokenizer beside it or in the hub's cache",
         fix="tokenizer=FOLDER",
     )
-
-
-# -- the scheduler's file ------------------------------------------------------------------------------------------------
-
-
-def read_scheduler(raw: Mapping[str, Any], file: Path) -> tuple[Schedule, str]:
-    """The noise levels and the prediction that a scheduler_config.json says. UserError: of a kind that we do not support."""
-    fields = arch.Fields(raw, file, None)
-    betas = raw.get("trained_betas")
-    if betas is None and "beta_schedule" not in raw:
-        found = raw.get("_class_name", "none")
-        raise UserError("this noise schedule is of another family", file=file, key="beta_schedule", found=found)
-    fields.only("use_flow_sigmas", False)
-    said = fields.choice("prediction_type", "epsilon", *PREDICTIONS)
-    if betas is None:
-        name = BETAS[str(fields.choice("beta_schedule", None, *BETAS))]
-        n = fields.integer("num_train_timesteps", 1000)
-        ends = {"beta_start": fields.real("beta_start", 1e-4), "beta_end": fields.real("beta_end", 0.02)}
-        schedule = SCHEDULES[name](n) if name == "cosine_beta" else SCHEDULES[name](n, **ends)
-    else:
-        schedule = _trained(betas, file)
-    terminal = fields.flag("rescale_betas_zero_snr", False)
-    return zero_terminal_snr(schedule) if terminal else schedule, PREDICTIONS[str(said)]
-
-
-def _trained(betas: Any, file: Path) -> Schedule:
-    good = isinstance(betas, list) and all(type(b) in (int, float) and 0 < b < 1 for b in betas)
-    if not good:
-        raise UserError("not a list of betas", file=file, key="trained_betas", expected="numbers between 0 and 1")
-    return from_betas(torch.tensor(betas, dtype=torch.float64))
-
-
-def zero_terminal_snr(schedule: Schedule) -> Schedule:
-    """The schedule shifted and stretched in sqrt(abar) so that it ends in noise alone (Lin et al. 2024, algorithm 1).
-
-    Its last level would be infinite, and is `SIGMA_CAP`.
-    """
-    a = (1 + schedule.sigmas**2).rsqrt()
-    a = (a - a[-1]) * a[0] / (a[0] - a[-1])
-    sigmas = (1 - a**2).sqrt() / a
-    inside = sigmas[sigmas < SIGMA_CAP]
-    return Schedule(torch.cat([inside, sigmas.new_tensor([SIGMA_CAP])]))
-
-
-# -- which files of a repository are needed ------------------------------------------------------------------------------
-
-SMALL = re.compile(r"(config|\w+_config|model_index|vocab|special_tokens_map|added_tokens|tokenizer)\.json|merges\.txt")
-
-
-def needed(files: list[str], variant: str | None, folders: Sequence[str]) -> list[str]:
-    """Of a repository's files those that a loader reads: configs, vocabularies, one set of weights per component.
-
-    UserError: it holds none, or pickles only.
-    """
-    by_folder: dict[str, list[str]] = {}
-    for file in files:
-        folder, _, name = file.rpartition("/")
-        by_folder.setdefault(folder, []).append(name)
-    inside = [folder for folder in folders if folder in by_folder]
-    weights = inside or [""]  # a repository of one component has it at its root
-    chosen = [_join(f, n) for f in ("", *inside) for n in by_folder.get(f, []) if SMALL.fullmatch(n)]
-    for folder in weights:
-        chosen += [_join(folder, name) for name in _weights(by_folder.get(folder, []), variant)]
-    if not any(name.endswith(".safetensors") for name in chosen):
-        raise _no_weights(files)
-    return chosen
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
-
-
-def _weights(names: list[str], variant: str | None) -> list[str]:
-    """The weight files among a folder's: of the variant where it has them, whole or in shards."""
-    stems = "|".join(STEMS)
-    for middle in ([rf"\.{re.escape(variant)}"] if variant else []) + [""]:
-        whole = [n for n in names if re.fullmatch(rf"({stems}){middle}\.safetensors", n)]
-        shards = [n for n in names if re.fullmatch(rf"({stems}){middle}-\d+-of-\d+\.safetensors", n)]
-        index = [n for n in names if re.fullmatch(rf"({stems})\.safetensors\.index{middle}\.json", n)]
-        if whole or (index and shards):
-            return whole or index + shards
-    return []
-
-
-def _no_weights(files: list[str]) -> UserError:
-    alone = [file for file in files if file.endswith(".safetensors")]
-    pickles = [file for file in files if file.endswith(PICKLES)]
-    found = ", ".join((alone or pickles or files)[:4]) or "nothing"
-    fix = (
-        f"name the file: OWNER/NAME/{alone[0]}"
-        if alone
-        else "download one and use nanodiffusion convert"
-        if pickles
-        else None
-    )
-    return UserError("this repository has no weights laid out as a checkpoint", found=found, fix=fix)
-
-
-# -- saving --------------------------------------------------------------------------------------------------------------
-
-
-def save_diffusers(bundle: Bundle, folder: str | Path) -> Path:
-    """Write a bundle as the folder that diffusers loads; it is there whole or not at all.
-
-    UserError: the folder is there already, full or unwritable disk, a network that diffusers has not.
-    """
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError("this is there already, and is not written over", file=folder, fix="give a new folder's name")
-    beside = folder.with_name(f".tmp-{folder.name}")
-    with disk_errors(folder):
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        try:
-            _write_components(bundle, beside)
-            os.replace(beside, folder)
-            sync(folder.parent)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    return folder
-
-
-def _write_components(bundle: Bundle, folder: Path) -> None:
-    net, codec = bundle.denoiser.net, bundle.codec
-    unet = arch.unet_json(bundle.config, bundle.family.size // codec.factor)
-    _write_component(folder / "unet", STEMS[0], unet, net)
-    _write_component(folder / "vae", STEMS[0], arch.vae_json(codec.config), codec)
-    for part, (name, tokenizer) in zip(bundle.text.parts, TEXTS):
-        _write_component(folder / name, STEMS[1], arch.text_json(part.net.config), part.net)
-        _write_tokenizer(folder / tokenizer, part.tokenizer)
-    (folder / "scheduler").mkdir()
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(bundle))
-    _write_json(folder / "model_index.json", _index_json(bundle))
-
-
-def _write_component(folder: Path, stem: str, config: dict[str, Any], net: nn.Module) -> None:
-    folder.mkdir()
-    _write_json(folder / "config.json", config)
-    save(folder / f"{stem}.safetensors", net.state_dict())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_tokenizer(folder: Path, tokenizer: CLIPTokenizer) -> None:
-    """vocab.json, merges.txt and what is added to them, learned tokens included: one of several vectors is <a>, <a>_1, ..."""
-    folder.mkdir()
-    whole = json.loads(tokenizer.backend.to_str())
-    names = {i: token for token, i in whole["model"]["vocab"].items()}
-    rules = (rule if isinstance(rule, str) else " ".join(rule) for rule in whole["model"]["merges"])
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *rules, ""]), encoding="utf-8")
-    _write_json(folder / "vocab.json", whole["model"]["vocab"])
-    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-    learned = {
-        i: {"content": f"{token}_{k}" if k else token, "special": False, **flags}
-        for token, ids in tokenizer.added.items()
-        for k, i in enumerate(ids)
-    }
-    special = {token["id"]: token for token in whole["added_tokens"] if token["content"] not in tokenizer.added}
-    added = {
-        str(i): {k: v for k, v in token.items() if k != "id"} for i, token in sorted({**special, **learned}.items())
-    }
-    ends = {
-        "bos_token": tokenizer.start,
-        "eos_token": tokenizer.end,
-        "unk_token": tokenizer.end,
-        "pad_token": tokenizer.pad,
-    }
-    kind = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": 77,
-        "add_prefix_space": False,
-        "do_lower_case": True,
-    }
-    config = {"added_tokens_decoder": added, **{key: names[i] for key, i in ends.items()}, **kind, "errors": "replace"}
-    _write_json(folder / "tokenizer_config.json", config)
-
-
-def scheduler_json(bundle: Bundle) -> dict[str, Any]:
-    """The scheduler_config.json of a bundle: as it came if that still says the same, else written anew."""
-    name = bundle.denoiser.prediction.name
-    if bundle.scheduler:
-        schedule, said = read_scheduler(bundle.scheduler, Path("scheduler_config.json"))
-        if said == name and torch.equal(schedule.sigmas, bundle.schedule.sigmas):
-            return bundle.scheduler
-    prediction = next((theirs for theirs, ours in PREDICTIONS.items() if ours == name), None)
-    if prediction is None:
-        raise UserError("diffusers has no such prediction", key="prediction", expected=list(PREDICTIONS), found=name)
-    return {
-        "_class_name": "EulerDiscreteScheduler",
-        "_diffusers_version": "0.20.0",
-        "num_train_timesteps": len(bundle.schedule),
-        **_betas_json(bundle.schedule),
-        "prediction_type": prediction,
-        "timestep_spacing": "leading",
-        "steps_offset": 1,
-    }
-
-
-def _betas_json(schedule: Schedule) -> dict[str, Any]:
-    plain = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    for terminal, known in ((False, ldm()), (True, zero_terminal_snr(ldm()))):
-        if torch.equal(known.sigmas, schedule.sigmas):
-            return {**plain, "rescale_betas_zero_snr": terminal}
-    abar = 1 / (1 + schedule.sigmas**2)
-    return {"trained_betas": (1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])).tolist()}
-
-
-def _index_json(bundle: Bundle) -> dict[str, Any]:
-    family, inpaint = bundle.family, bundle.config.channels_in == 9
-    name = f"StableDiffusion{'XL' * family.sizes}{'Inpaint' * inpaint}Pipeline"
-    parts: dict[str, Any] = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    for part, (text, tokenizer) in zip(bundle.text.parts, TEXTS):
-        parts[text] = ["transformers", "CLIPTextModel" + "WithProjection" * bool(part.net.config.projection)]
-        parts[tokenizer] = ["transformers", "CLIPTokenizer"]
-    parts["scheduler"] = ["diffusers", scheduler_json(bundle)["_class_name"]]
-    if family.sizes:
-        parts["force_zeros_for_empty_prompt"] = family.zero_uncond
-    else:  # there is none here, and diffusers asks
-        parts |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    return {"_class_name": name, "_diffusers_version": "0.20.0", **parts}
-
-
-def save_single(bundle: Bundle, file: str | Path) -> Path:
-    """Write a bundle as one .safetensors in the original layout, which has no place for configs and tokenizers.
-
-    A v-predicting SDXL gets the mark `v_pred`, a terminal SNR of zero `ztsnr`, by which other programs know them. UserError:
-    learned tokens, full or unwritable disk.
-    """
-    file, family = Path(file), bundle.family.name
-    if learned := [token for part in bundle.text.parts for token in part.tokenizer.added]:
-        raise UserError("a single file cannot hold learned tokens", key=learned[0], fix="save as a diffusers folder")
-    names = ("text", "text_2")
-    parts = {"unet": bundle.denoiser.net, "vae": bundle.codec, **dict(zip(names, (p.net for p in bundle.text.parts)))}
-    tensors: dict[str, Tensor] = {}
-    for component, net in parts.items():
-        own = net.state_dict()
-        for name, whole in originals(component, own, family).items():
-            tensors[name] = whole.write(*(own[source] for source in whole.sources))
-    if bundle.denoiser.prediction.name == "v" and family != "sd2":
-        tensors["v_pred"] = torch.zeros(0)
-    if float(bundle.schedule.sigmas[-1]) == SIGMA_CAP:
-        tensors["ztsnr"] = torch.zeros(0)
-    return save(file, tensors)

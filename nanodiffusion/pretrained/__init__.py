@@ -1,0 +1,36 @@
+"""Published checkpoints of Stable Diffusion 1.x, 2.x and SDXL: from the hub, a folder or a single file, and back.
+
+load: the families, and everything of one as a Bundle. weights: files into a network. architecture, scheduler_config: what
+config files say. layouts: names in the original layout. recognise: what a file is. hub: the cache. publish: writing.
+"""
+
+from nanodiffusion.pretrained.load import (
+    FAMILIES,
+    Bundle,
+    Family,
+    Part,
+    load_adapter,
+    load_codec,
+    load_controlnet,
+    load_pretrained,
+    load_text,
+    load_tiny,
+    load_unet,
+)
+from nanodiffusion.pretrained.publish import save_diffusers, save_single
+
+__all__ = [
+    "FAMILIES",
+    "Bundle",
+    "Family",
+    "Part",
+    "load_adapter",
+    "load_codec",
+    "load_controlnet",
+    "load_pretrained",
+    "load_text",
+    "load_tiny",
+    "load_unet",
+    "save_diffusers",
+    "save_single",
+]

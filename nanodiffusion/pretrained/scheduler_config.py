@@ -1,0 +1,89 @@
+"""diffusers' scheduler_config.json as noise levels and a prediction, and back."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanodiffusion.errors import UserError
+from nanodiffusion.noise import SCHEDULES, SIGMA_CAP, Schedule, from_betas, ldm
+from nanodiffusion.pretrained.architecture import Fields
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+BETAS = {"scaled_linear": "ldm", "linear": "ddpm", "squaredcos_cap_v2": "cosine_beta", "sigmoid": "sigmoid_beta"}
+
+
+def read_scheduler(raw: Mapping[str, Any], file: Path) -> tuple[Schedule, str]:
+    """The noise levels and the prediction that a scheduler_config.json says. UserError: of a kind that we do not support."""
+    fields = Fields(raw, file, None)
+    betas = raw.get("trained_betas")
+    if betas is None and "beta_schedule" not in raw:
+        found = raw.get("_class_name", "none")
+        raise UserError("this noise schedule is of another family", file=file, key="beta_schedule", found=found)
+    fields.only("use_flow_sigmas", False)
+    said = fields.choice("prediction_type", "epsilon", *PREDICTIONS)
+    if betas is None:
+        name = BETAS[str(fields.choice("beta_schedule", None, *BETAS))]
+        n = fields.integer("num_train_timesteps", 1000)
+        ends = {"beta_start": fields.real("beta_start", 1e-4), "beta_end": fields.real("beta_end", 0.02)}
+        if not 0 < ends["beta_start"] <= ends["beta_end"] < 1:
+            raise fields.wrong("beta_start", "0 < beta_start <= beta_end < 1", list(ends.values()))
+        schedule = SCHEDULES[name](n) if name == "cosine_beta" else SCHEDULES[name](n, **ends)
+    else:
+        schedule = _trained(betas, file)
+    terminal = fields.flag("rescale_betas_zero_snr", False)
+    return zero_terminal_snr(schedule) if terminal else schedule, PREDICTIONS[str(said)]
+
+
+def _trained(betas: Any, file: Path) -> Schedule:
+    good = isinstance(betas, list) and all(type(b) in (int, float) and 0 < b < 1 for b in betas)
+    if not good:
+        raise UserError("not a list of betas", file=file, key="trained_betas", expected="numbers between 0 and 1")
+    return from_betas(torch.tensor(betas, dtype=torch.float64))
+
+
+def zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """The schedule shifted and stretched in sqrt(abar) so that it ends in noise alone (Lin et al. 2024, algorithm 1).
+
+    Its last level would be infinite, and is `SIGMA_CAP`.
+    """
+    a = (1 + schedule.sigmas**2).rsqrt()
+    a = (a - a[-1]) * a[0] / (a[0] - a[-1])
+    sigmas = (1 - a**2).sqrt() / a
+    inside = sigmas[sigmas < SIGMA_CAP]
+    return Schedule(torch.cat([inside, sigmas.new_tensor([SIGMA_CAP])]))
+
+
+def scheduler_json(schedule: Schedule, prediction: str, came: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler_config.json of a schedule and a prediction: `came`, the one there was, if it still says the same.
+
+    UserError: a prediction that diffusers has not.
+    """
+    if came:
+        levels, said = read_scheduler(came, Path("scheduler_config.json"))
+        if said == prediction and torch.equal(levels.sigmas, schedule.sigmas):
+            return dict(came)
+    name = next((theirs for theirs, ours in PREDICTIONS.items() if ours == prediction), None)
+    if name is None:
+        raise UserError(
+            "diffusers has no such prediction", key="prediction", expected=list(PREDICTIONS), found=prediction
+        )
+    return {
+        "_class_name": "EulerDiscreteScheduler",
+        "_diffusers_version": "0.20.0",
+        "num_train_timesteps": len(schedule),
+        **_betas_json(schedule),
+        "prediction_type": name,
+        "timestep_spacing": "leading",
+        "steps_offset": 1,
+    }
+
+
+def _betas_json(schedule: Schedule) -> dict[str, Any]:
+    plain = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    for terminal, known in ((False, ldm()), (True, zero_terminal_snr(ldm()))):
+        if torch.equal(known.sigmas, schedule.sigmas):
+            return {**plain, "rescale_betas_zero_snr": terminal}
+    abar = 1 / (1 + schedule.sigmas**2)
+    return {"trained_betas": (1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])).tolist()}
