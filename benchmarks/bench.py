@@ -22,7 +22,7 @@ from benchmarks.worker import busy
 
 RESULTS = Path(__file__).parent / "results"
 CLEAN, FOREIGN, SECONDS = 7, 0.1, 1.0  # windows wanted, cores others may take, length of a window
-PACKAGES = ("torch", "numpy", "smalldiffusion", "diffusers", "accelerate")
+PACKAGES = ("torch", "numpy", "smalldiffusion", "diffusers", "transformers", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Bench:
     groups: dict[str, dict[str, str]]  # the peer's name -> all sides of that group
     unit: str
     gpu: bool = True
+    cpu: bool = True
     note: str = ""
 
 
@@ -69,7 +70,28 @@ def benches() -> dict[str, Bench]:
         "unet": fashion("unet"),
         "dit": fashion("dit"),
         "sampler": solvers(),
+        **stable_diffusion(),
     }
+
+
+def stable_diffusion() -> dict[str, Bench]:
+    """The SD family beside diffusers and transformers, which are measured as they are and at their best."""
+    from benchmarks.sd import sides
+
+    alone = lambda case, unit, note: Bench({"diffusers": sides(case)}, unit, note=note)
+    both = ("ours", "diffusers")
+    found = {}
+    for p in ("fp32", "bf16"):
+        found[f"sd-unet-{p}"] = alone(f"unet-{p}", "steps", "SD 1.5, 512², guidance: a batch of two")
+        for n in (256, 512):
+            found[f"sd-decode{n}-{p}"] = alone(f"decode{n}-{p}", "pictures", f"SD's autoencoder, {n}²")
+        found[f"sd-text-{p}"] = alone(f"text-{p}", "calls", "CLIP-L, two prompts")
+    small = "prompt to pixels, 20 steps at 256², of a tiny net: the library around it"
+    found["sd-run"] = Bench({"diffusers": sides("run", both)}, "pictures", note=small)
+    large = ("ours", "ours compiled", "diffusers", "diffusers best", "diffusers best compiled")
+    found["sdxl"] = Bench({"diffusers best": sides("sdxl", large)}, "pictures", cpu=False, note="1024², 30 steps, bf16")
+    found["sdxl-decode"] = Bench({"diffusers": sides("decode1024-bf16")}, "pictures", cpu=False)
+    return found
 
 
 # -- running work --------------------------------------------------------------------------------------------------------
@@ -203,7 +225,18 @@ COLD: dict[str, tuple[dict[str, list[str]], str, int]] = {  # name: sides, peer,
         11,
     ),
     "swissroll-run": ({"ours": ["-c", ROLL_OURS], "smalldiffusion": ["-c", ROLL_PEER]}, "smalldiffusion", 3),
+    **{name: ({}, "diffusers", 9) for name in ("sd-load-sdxl-bf16", "sd-load-sd15-fp32")},  # see `commands`
+    "sd-import": ({}, "diffusers: SDXL pipeline", 9),
 }
+
+
+def commands(name: str) -> dict[str, list[str]]:
+    """The sides of a benchmark of fresh processes; those of the SD family are made when they are wanted."""
+    if not name.startswith("sd-"):
+        return COLD[name][0]
+    from benchmarks import sd
+
+    return sd.IMPORTS if name == "sd-import" else sd.loading(name.removeprefix("sd-load-"))
 
 
 def once(command: list[str], environment: dict[str, str]) -> dict[str, float]:
@@ -225,12 +258,13 @@ def once(command: list[str], environment: dict[str, str]) -> dict[str, float]:
 
 def run_cold(name: str, threads: int) -> dict[str, Any]:
     """A benchmark of fresh processes, in turn and back again."""
-    commands, peer, repeats = COLD[name]
+    _, peer, repeats = COLD[name]
+    sides = commands(name)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    windows: dict[str, list[dict[str, float]]] = {side: [] for side in commands}
+    windows: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for i in range(repeats):
-        for side in list(commands) if i % 2 == 0 else list(commands)[::-1]:
-            windows[side].append(once(commands[side], environment))
+        for side in list(sides) if i % 2 == 0 else list(sides)[::-1]:
+            windows[side].append(once(sides[side], environment))
     return {"unit": "runs", "note": "fresh interpreters"} | compare({peer: windows})
 
 
@@ -276,7 +310,7 @@ def main() -> None:
     args = parser.parse_args()
 
     args.device = "cuda" if args.gpu else "cpu"
-    table = {name: b for name, b in benches().items() if b.gpu or not args.gpu}
+    table = {name: b for name, b in benches().items() if (b.gpu if args.gpu else b.cpu)}
     known = [*table, *([] if args.gpu else COLD)]
     wanted = [n for n in known if not args.names or any(n.startswith(a) for a in args.names)]
     if not wanted:

@@ -54,12 +54,21 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def main() -> None:
-    from benchmarks import ours, peers
+def cases(side: str) -> dict[str, Callable[[str], Case]]:
+    """The cases of a module of this package; only that one is imported."""
+    if side == "sd":
+        from benchmarks.sd import CASES
+    elif side == "ours":
+        from benchmarks.ours import CASES
+    else:
+        from benchmarks.peers import CASES
+    return CASES
 
+
+def main() -> None:
     side, name, device = sys.argv[1:4]
     torch.manual_seed(0)
-    case = {"ours": ours, "peers": peers}[side].CASES[name](device)
+    case = cases(side)[name](device)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         print(json.dumps({**window(case, int(line), device), "peak_mb": peak_memory()}), flush=True)

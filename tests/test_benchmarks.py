@@ -1,0 +1,44 @@
+"""The benchmarks of the SD family run, and both sides compute the same: a typo must not wait for a lent GPU to be found."""
+
+import pytest
+import torch
+
+from benchmarks import bench, sd
+
+
+@pytest.fixture(autouse=True)
+def _settings_stay():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("config", [sd.SD15, sd.SDXL], ids=["sd15", "sdxl"])
+@pytest.mark.parametrize("side", ["ours", "ours untuned", "diffusers best"])
+def test_every_side_s_unet_is_the_same_net(side, config):
+    run = lambda side: sd.unet("cpu", side, "fp32", config, latent=8, tiny=True).run()
+    assert sd.relative(run(side), run("diffusers")) < 1e-5
+
+
+@pytest.mark.parametrize("case", [sd.decode, sd.text])
+@pytest.mark.parametrize("side", ["ours", "diffusers best"])
+def test_every_side_s_codec_and_text_encoder_are_the_same(side, case):
+    run = lambda side: case("cpu", side, "fp32", tiny=True).run()
+    assert sd.relative(run(side), run("diffusers")) < 1e-5
+
+
+@pytest.mark.parametrize("side", ["ours", "diffusers", "diffusers best"])
+def test_the_runs_of_the_gpu_benchmark_make_a_picture(side):
+    (picture,) = sd.sdxl_run("cpu", side, size=64, steps=2, tiny=True).run()
+    assert picture.size == (64, 64) or picture.size == (16, 16)  # the tiny codec halves once
+
+
+@pytest.mark.parametrize("side", ["ours", "diffusers"])
+def test_the_small_run_makes_a_picture(side):
+    (picture,) = sd.small_run("cpu", side, size=64, steps=2).run()
+    assert picture.size == (64, 64)
+
+
+def test_every_side_is_a_case():
+    named = [case for b in bench.stable_diffusion().values() for group in b.groups.values() for case in group.values()]
+    assert all(case.split()[0] == "sd" and case.split()[1] in sd.CASES for case in named)
