@@ -27,14 +27,15 @@ help:  ## this list
 demo: .venv/base  ## train on real images, make pictures, write runs/demo (about 3 minutes of training)
 	@$(BIN)/nanodiffusion demo
 
+# two processes of one thread each: two of as many threads as there are cores wait for each other
 test: .venv/dev  ## the default test suite: offline, CPU
-	@$(BIN)/python -m pytest -q -n 2
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 check: .venv/dev  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 slow: .venv/dev  ## the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow

@@ -6,7 +6,6 @@ precision overflows, it computes those images again in float32 and says so.
 """
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -345,14 +344,3 @@ def _ramps(spans: Sequence[Span], pixels: int) -> Iterator[tuple[Span, Tensor]]:
 def _rise(overlap: int, length: int) -> Tensor:
     """From 0 to 1 over the first `overlap` of `length` pixels, then 1, each taken at its centre."""
     return ((torch.arange(length) + 0.5) / overlap).clamp(max=1)
-
-
-# -- keys --------------------------------------------------------------------------------------------------------------
-
-LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def legacy_vae_keys(name: str) -> str:
-    """The name that a tensor of a KL autoencoder written by diffusers before 0.17 has today; others stay as they are."""
-    pattern = rf"(?<=\.attentions\.)(\d+)\.({'|'.join(LEGACY_ATTENTION)})\."
-    return re.sub(pattern, lambda m: f"{m[1]}.{LEGACY_ATTENTION[m[2]]}.", name)

@@ -36,7 +36,7 @@ class Plan:
     tile: int | None = None  # side, in latent pixels, of the tiles a picture is decoded in
     half: bool = False  # weights in bf16 unless told otherwise
     expected: int = 0  # bytes on the device at the peak, counted
-    free: int = 0  # bytes that were free when the plan was made
+    free: int = 0  # bytes that were free when the plan was made, or held by its own weights
 
     def __str__(self) -> str:
         means = {"offload": self.offload, "one picture at a time": self.slices, f"tiles of {self.tile}": self.tile}
@@ -70,10 +70,11 @@ def choose(name: str, stages: Callable[[Plan], dict[str, Stage]], device: torch.
     stages: what happens under a plan, in order. UserError when the name is unknown. On the CPU nothing can be moved
     away: there a plan saves by smaller pieces and half precision only.
     """
-    free = free_memory(device)
     wanted = list(PLANS.values()) if name == "auto" else [lookup(PLANS, name, "memory")]
     for plan in wanted:
-        counted = replace(plan, expected=expected_peak(stages(plan), plan.offload, device), free=free)
+        parts = stages(plan)
+        free = free_memory(device) + held(parts, device)
+        counted = replace(plan, expected=expected_peak(parts, plan.offload, device), free=free)
         if counted.expected <= 0.9 * free or plan is wanted[-1]:  # counting takes a second: stop at the first that fits
             break
     return counted
@@ -84,6 +85,12 @@ def expected_peak(stages: dict[str, Stage], offload: bool, device: torch.device)
     together = sum({id(s.module): s.weights for s in stages.values()}.values())
     moved = offload and device.type != "cpu"
     return max((s.weights if moved else together) + allocated(s) for s in stages.values())
+
+
+def held(stages: dict[str, Stage], device: torch.device) -> int:
+    """Bytes of the stages' weights that lie on the device already; 0 on a CPU, where they are mostly mapped files."""
+    tensors = {id(t): t for stage in stages.values() for t in tensors_of(stage.module) if t.device == device}
+    return 0 if device.type == "cpu" else sum(t.nbytes for t in tensors.values())
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
@@ -154,25 +161,54 @@ def on_meta(module: nn.Module) -> nn.Module:
 # -- moving ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Away:
+    """A tensor that is at work: its numbers at home and there, and how many blocks want it there."""
+
+    tensor: Tensor
+    home: Tensor
+    there: Tensor
+    users: int = 0
+
+    def end(self) -> None:
+        """Back home; what was put in its place meanwhile, such as a fused weight, is brought along."""
+        kept = self.tensor.data_ptr() == self.there.data_ptr()
+        self.tensor.data = self.home if kept else self.tensor.data.to(self.home.device)
+
+
+_AWAY: dict[int, _Away] = {}  # by the tensors' id
+
+
 @contextmanager
 def at_work(module: nn.Module, device: torch.device, offload: bool) -> Iterator[None]:
-    """The module on the device; with `offload` only inside the block. Its tensors on the CPU stay, so leaving is free."""
-    tensors = [t for t in tensors_of(module) if t.device != device]
-    homes = [t.data for t in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.to(device)
+    """The module on the device; with `offload` only inside the block. Its tensors on the CPU stay, so leaving is free.
+
+    Blocks may overlap, as those of runs that take turns do: what they share goes home with the last of them.
+    """
+    borrowed: list[_Away] = []
     try:
+        for tensor in tensors_of(module):
+            if offload and tensor.device != device and id(tensor) not in _AWAY:
+                _AWAY[id(tensor)] = _Away(tensor, tensor.data, tensor.data.to(device))
+                tensor.data = _AWAY[id(tensor)].there
+            if away := _AWAY.get(id(tensor)):
+                away.users += 1
+                borrowed.append(away)
+            if tensor.device != device:
+                tensor.data = tensor.data.to(device)
         yield
     finally:
-        if offload:
-            for tensor, home in zip(tensors, homes):
-                tensor.data = home
+        for away in borrowed:
+            away.users -= 1
+            if not away.users:
+                _AWAY.pop(id(away.tensor)).end()
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that could still be allocated on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what torch has reserved and does not use is free too
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return _proc("/proc/meminfo", "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -298,6 +298,8 @@ class ImageNoise:
     """Unit noise, one seed per image, drawn in fp32 on the CPU: image i is the same alone, in a batch, anywhere."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
+        if wrong := [s for s in seeds if not -(2**63) <= s < 2**64]:
+            raise UserError("a seed has 64 bits", key="seed", expected="0 to 2^64 - 1", found=wrong[0])
         self.generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
 
     def draw(self, *shape: int) -> Tensor:

@@ -42,3 +42,9 @@ def test_the_small_run_makes_a_picture(side):
 def test_every_side_is_a_case():
     named = [case for b in bench.stable_diffusion().values() for group in b.groups.values() for case in group.values()]
     assert all(case.split()[0] == "sd" and case.split()[1] in sd.CASES for case in named)
+
+
+@pytest.mark.parametrize("gate", sd.GATES)
+def test_the_gate_measures_rounding(gate):
+    errors = sd.accuracy(gate, tiny=True)
+    assert all(0 < e < (1e-5 if side.endswith("fp32") else 0.1) for side, e in errors.items())

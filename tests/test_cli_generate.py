@@ -361,7 +361,7 @@ def test_a_file_that_is_not_what_it_was_is_named(run, place, tmp_path, capsys, k
 
 
 def test_a_picture_of_another_program_needs_its_model(run, tmp_path, capsys):
-    text = """a red cat
+    text = """a red cat <lora:some style:0.8>
 Negative prompt: dog
 Steps: 3, Sampler: Euler, Schedule type: Karras, CFG scale: 4, Seed: 11, Size: 64x64, Model hash: 6ce0161689, \
 Model: v1-5-pruned, Denoising strength: 0.5, Hires upscale: 2"""
@@ -370,7 +370,8 @@ Model: v1-5-pruned, Denoising strength: 0.5, Hires upscale: 2"""
     Image.new("RGB", (64, 64)).save(tmp_path / "theirs.png", pnginfo=info)
     assert main(["regenerate", str(tmp_path / "theirs.png")]) == 2
     assert "v1-5-pruned 6ce0161689" in capsys.readouterr().err
-    assert "left out, as not understood: Hires upscale, strength" in run("regenerate OUT/theirs.png model=SD1")
+    said = "left out, as not understood: Hires upscale, <lora:some style:0.8>, strength"
+    assert said in run("regenerate OUT/theirs.png model=SD1")
     words = "negative=dog steps=3 sampler=euler ladder=karras guidance=4 seed=11 width=64 height=64"
     run(f"generate 'a red cat' model=SD1 {words} out=OUT/ours.png")
     assert np.array_equal(pixels(tmp_path / "theirs-again.png"), pixels(tmp_path / "ours.png"))

@@ -23,7 +23,6 @@ from nanodiffusion.codec import (
     PixelCodec,
     TinyAutoencoder,
     TinyConfig,
-    legacy_vae_keys,
     tile_spans,
 )
 from nanodiffusion.errors import UserError
@@ -183,17 +182,6 @@ def test_presets_have_the_published_keys(config, size, tensors):
     assert shapes(ours) == shapes(theirs)
     assert (sum(p.numel() for p in ours.parameters()), len(ours.state_dict())) == (size, tensors)
     assert ours.factor == 8
-
-
-def test_old_attention_names_are_translated_as_diffusers_does():
-    theirs = like_diffusers(SMALL)
-    names, old = list(theirs.state_dict()), {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    written = [re.sub("(to_q|to_k|to_v|to_out.0)", lambda m: old[m[1]], name) for name in names]
-    assert len(set(written) - set(names)) == 16
-    read = dict.fromkeys(written)
-    theirs._fix_state_dict_keys_on_load(read)  # in place, what it renames at the end
-    assert sorted(map(legacy_vae_keys, written)) == sorted(read) == sorted(names)
-    assert [legacy_vae_keys(name) for name in written] == names == [legacy_vae_keys(name) for name in names]
 
 
 def test_latent_constants_occur_once():

@@ -670,6 +670,15 @@ def test_a_sampler_of_one_s_own_is_called_by_the_seed_s_names(parts):
     assert_close(loop(parts, noise=unit(), sampler=mine), loop(parts, noise=unit()), rtol=1e-4, atol=1e-4)
 
 
+def test_an_index_is_not_rounded_to_the_precision_of_a_sample():
+    found = []
+    spy = lambda x, t, **cond: found.append(t) or x
+    eps_theta = ours._EpsTheta(torch.nn.Module(), {}, None, 1.0)
+    eps_theta.denoiser.net.forward = spy
+    eps_theta(torch.zeros(1, 4, 2, 2, dtype=torch.bfloat16), torch.tensor([999]), torch.ones(1))
+    assert found[0].tolist() == [999]
+
+
 def test_half_precision_nets_follow_the_full_ones_within_their_rounding(parts, controlnet):
     narrow = copy.deepcopy(parts["unet"]).half()
     for extra in ({}, {"controlnet": controlnet[0], "images": picture(1)}):  # the ControlNet stays as it is

@@ -8,11 +8,11 @@ from torch.testing import assert_close
 
 from nanodiffusion.data.conditioning import (
     MASKS,
+    as_bytes,
     canny,
     hide,
     latent_mask,
     outpaint,
-    pixels,
     random_mask,
     to_mask,
     to_unit,
@@ -62,10 +62,10 @@ def test_what_is_transparent_is_white_and_deep_grey_keeps_its_high_byte():
     rgba = np.zeros((4, 6, 4), np.uint8)
     rgba[:2, :, 3] = 255
     expected = np.array([0, 0, 255, 255], np.uint8)[:, None, None] * np.ones((1, 6, 3), np.uint8)
-    np.testing.assert_array_equal(pixels(rgba), expected)
-    np.testing.assert_array_equal(pixels(Image.fromarray(rgba)), expected)
+    np.testing.assert_array_equal(as_bytes(rgba), expected)
+    np.testing.assert_array_equal(as_bytes(Image.fromarray(rgba)), expected)
     deep = Image.fromarray(np.arange(0, 65536, 257, dtype=np.uint16)[None])
-    np.testing.assert_array_equal(pixels(deep), np.arange(256)[None])
+    np.testing.assert_array_equal(as_bytes(deep), np.arange(256)[None])
 
 
 def test_canny_defaults_are_100_and_200():
@@ -80,7 +80,7 @@ def test_canny_refuses_thresholds_out_of_order(thresholds):
 
 @pytest.mark.parametrize("image", [np.zeros((4, 4)), np.zeros((5, 6, 2), np.uint8), np.zeros(4, np.uint8), "a.png"])
 def test_what_is_no_image_of_bytes_is_refused(image):
-    for use in (canny, pixels, to_unit, to_mask):
+    for use in (canny, as_bytes, to_unit, to_mask):
         with pytest.raises(UserError, match="image"):
             use(image)
 

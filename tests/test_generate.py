@@ -21,6 +21,7 @@ from sd import randomise
 from torch.testing import assert_close
 
 from nanodiffusion import tasks as g
+from nanodiffusion.codec import AutoencoderKL, AutoencoderKLConfig
 from nanodiffusion.data.conditioning import outpaint
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.errors import UserError
@@ -530,6 +531,14 @@ def test_embeddings_take_the_place_of_a_prompt():
 # -- interpolation -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_embeddings_may_be_of_another_precision_than_the_nets(family):
+    cond, _ = ours(family).text.encode(PROMPTS)
+    half = {key: value.half() for key, value in cond.items()}
+    made = run(ours(family), embeddings=half, steps=2)
+    check(made, run(ours(family), embeddings={key: value.float() for key, value in half.items()}, steps=2), 0)
+
+
 def test_frames_go_from_prompt_to_prompt():
     bundle, call = ours("sd1"), {"guidance": 3.0, "seeds": [4], **QUICK}
     frames = run(bundle, prompt=PROMPTS, frames=5, **call)
@@ -592,6 +601,21 @@ def test_inpainting_and_outpainting_give_the_known_pixels_back():
             assert made.size == image.size and np.array_equal(np.array(made)[known], np.array(image)[known])
 
 
+def test_each_of_several_pictures_comes_back_where_it_was_drawn_n_times():
+    images = [picture(0), picture(1)]
+    made = run(ours("sd1"), prompt=PROMPTS, n=2, image=images, mask=[hole(), hole()], steps=2)
+    pasted = g.pictures(ours("sd1"), made, images, [hole(), hole()])
+    known = np.asarray(hole()) == 0
+    for i, image in enumerate(pasted):
+        assert (np.asarray(image)[known] == np.asarray(images[i // 2])[known]).all()
+
+
+def test_a_picture_of_bytes_has_its_own_size_in_either_order_of_axes():
+    rows = np.asarray(picture(0, size=(72, 64)))
+    for given in (rows, rows.transpose(2, 0, 1), torch.from_numpy(rows.copy())):
+        assert g.complete(ours("sd1"), g.settle(g.GenerateConfig(), "a"), g.Inputs(image=given)).width == 72
+
+
 def test_every_byte_survives_the_way_to_a_tensor_and_back():
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = Image.fromarray(np.stack([ramp] * 3, -1))
@@ -620,6 +644,12 @@ SMALL = Image.new("RGB", (56, 64))
         ({"prompt": "a", "height": -8}, "must be a number from 0 up"),
         ({"prompt": "a", "seed": -1}, "must be a number from 0 up"),
         ({"prompt": "a", "n": 2, "seeds": [1]}, "every picture has a seed"),
+        ({"prompt": "a", "seed": 2**64}, "must be a number from 0 up"),
+        ({"prompt": "a", "seeds": [2**64]}, "must be numbers from 0 up"),
+        ({"prompt": "a", "seeds": [-1]}, "must be numbers from 0 up"),
+        ({"prompt": "a", "guidance": float("nan")}, "must be a finite number"),
+        ({"prompt": "a", "brightness": float("inf")}, "must be a finite number"),
+        ({"prompt": "a", "n": 2, "image": [picture(0), SMALL], "width": 64}, "do not go together"),
         ({"prompt": PROMPTS, "negative": ["a", "b", "c"]}, "one negative prompt, or one per prompt"),
         ({"prompt": PROMPTS, "prompt_2": ["a"]}, "one per prompt"),
         ({"prompt": "a", "prompt_2": "b"}, "second"),
@@ -657,6 +687,10 @@ def controlled(family, image=None, **options):
     return {"controls": [g.Control(control(family)[0], image or picture(3), **options)]}
 
 
+def like_sd1(kind, downscale):
+    return AdapterConfig(kind, widths=ours("sd1").config.widths, downscale=downscale)
+
+
 @pytest.mark.parametrize(
     ("family", "more", "message"),
     [
@@ -668,7 +702,13 @@ def controlled(family, image=None, **options):
         (
             "sd1",
             lambda: {"adapters": [g.AdapterInput(adapter("sdxl")[0], picture(3))]},
-            "features has another shape|another family",
+            "another family",
+        ),
+        ("sdxl", lambda: {"adapters": [g.AdapterInput(adapter("sd1")[0], picture(3))]}, "another family"),
+        (
+            "sd1",  # the widths alone would fit
+            lambda: {"adapters": [g.AdapterInput(Adapter(like_sd1("full_xl", 16)), picture(3))]},
+            "another family",
         ),
         ("sdxl", lambda: {"crop": [1, 2, 3]}, "two numbers"),
     ],
@@ -677,6 +717,12 @@ def test_helpers_that_do_not_fit_are_named(family, more, message):
     with pytest.raises(UserError, match=message) as e:
         [*g.generate(ours(family), "a cat", steps=2, **more())]
     assert len(str(e.value).splitlines()) <= 6
+
+
+def test_a_vae_of_other_latents_is_named():
+    other = replace(ours("sd1"), codec=AutoencoderKL(AutoencoderKLConfig(latent_channels=16, widths=(32,), groups=4)))
+    with pytest.raises(UserError, match="another number of channels than the U-Net's"):
+        g.generate(other, "a cat")
 
 
 def test_an_inpainting_u_net_asks_for_its_mask():

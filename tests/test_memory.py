@@ -87,6 +87,64 @@ def test_a_module_at_work_comes_back_bit_for_bit():
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 
+class Numbers:
+    """Of a tensor what `at_work` uses; there is no second device here."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def to(self, device):
+        return Numbers(device)
+
+    def data_ptr(self):
+        return id(self)
+
+
+class Weight:
+    """The same of a parameter."""
+
+    def __init__(self, device):
+        self.data = Numbers(device)
+
+    device = property(lambda self: self.data.device)
+    data_ptr = property(lambda self: self.data.data_ptr)
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_what_overlapping_blocks_share_comes_home_with_the_last_of_them(monkeypatch, offload):
+    weight = Weight("home")
+    monkeypatch.setattr("nanodiffusion.memory.tensors_of", lambda module: [weight])
+    outer, inner, other = (at_work(nn.Identity(), "there", offload=o) for o in (True, True, offload))
+    outer.__enter__()
+    inner.__enter__()
+    inner.__exit__(None, None, None)
+    assert weight.device == "there"
+    other.__enter__()
+    outer.__exit__(None, None, None)
+    assert weight.device == "there"  # the other run is not done
+    other.__exit__(None, None, None)
+    assert weight.device == "home"
+
+
+def test_a_weight_that_is_replaced_at_work_is_brought_home(monkeypatch):
+    weight = Weight("home")
+    monkeypatch.setattr("nanodiffusion.memory.tensors_of", lambda module: [weight])
+    before = weight.data
+    with at_work(nn.Identity(), "there", offload=True):
+        pass
+    assert weight.data is before
+    with at_work(nn.Identity(), "there", offload=True):
+        weight.data = Numbers("there")  # as a LoRA does that is fused in the middle of a run
+    assert weight.device == "home" and weight.data is not before
+
+
+def test_weights_that_are_there_already_do_not_count_against_what_is_free(monkeypatch):
+    monkeypatch.setattr("nanodiffusion.memory.free_memory", lambda device: 0)
+    there = Stage(nn.Linear(2**10, 2**8, bias=False, device=META), lambda m: None)
+    assert choose("auto", lambda plan: {"a": there, "again": there}, META).free == 2**20
+    assert choose("auto", lambda plan: {"a": stage()}, CPU).free == 0
+
+
 def test_a_ghost_has_shapes_and_no_numbers():
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     ghost = on_meta(net)
@@ -147,6 +205,31 @@ def test_only_what_works_is_on_the_device(monkeypatch):
     *_, last = generate(bundle, "a cat", steps=2, width=64, height=64)
     pictures(bundle, last.x)
     assert not held and max(most) == 2  # both text encoders; then the U-Net, then the codec
+
+
+def test_the_codec_stays_until_the_gradient_of_a_loss_has_gone_through_it(monkeypatch):
+    """Away from work its weights are NaN here, which a gradient that comes too late would meet."""
+    bundle = load_pretrained(sd_files.tree("sd1"), device="cpu")
+    asked = {"prompt": "a cat", "steps": 2, "loss": lambda image: image.square().flatten(1).mean(1)}
+    wanted = list(generate(bundle, **asked))[-1].x
+    homes = {name: p.data for name, p in bundle.codec.named_parameters()}
+    depth = []
+
+    @contextmanager
+    def watched(net, device, offload):
+        if net is bundle.codec:
+            depth.append(net)
+            put(homes.get)
+        yield
+        if net is bundle.codec and not (depth.pop() and depth):
+            put(lambda name: torch.full_like(homes[name], torch.nan))
+
+    def put(values):
+        for name, p in bundle.codec.named_parameters():
+            p.data = values(name)
+
+    monkeypatch.setattr("nanodiffusion.pretrained.load.at_work", watched)
+    torch.testing.assert_close(list(generate(bundle, **asked))[-1].x, wanted, rtol=0, atol=0)
 
 
 def test_the_expected_peak_of_decoding_falls_with_slices_and_tiles():

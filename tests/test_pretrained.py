@@ -48,7 +48,8 @@ from nanodiffusion.pretrained.layouts import join  # noqa: E402
 from nanodiffusion.pretrained.publish import save_diffusers, save_single  # noqa: E402
 from nanodiffusion.pretrained.recognise import published  # noqa: E402
 from nanodiffusion.pretrained.scheduler_config import read_scheduler, zero_terminal_snr  # noqa: E402
-from nanodiffusion.text import CLIP_BIGG, CLIP_H, CLIP_L  # noqa: E402
+from nanodiffusion.pretrained.weights import save  # noqa: E402
+from nanodiffusion.text import CLIP_BIGG, CLIP_H, CLIP_L, CLIPText, TextConfig  # noqa: E402
 from nanodiffusion.text.inversion import add  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -264,6 +265,33 @@ def test_a_vae_s_file_alone_needs_its_family(tmp_path: Path) -> None:
         load_codec(alone)
     assert load_codec(alone, family="sdxl").config.scale == SDXL_VAE.scale
     assert load_codec(alone, family="sd2").config.scale == SD_VAE.scale
+
+
+def test_a_text_encoder_s_file_alone_tells_its_activation_by_its_width(tmp_path: Path) -> None:
+    for width, activation in ((768, "quick_gelu"), (1024, "gelu"), (1280, "gelu")):
+        net = CLIPText(TextConfig(width, 1, width // 64, 8, activation, vocab=99, positions=7))
+        file = save(tmp_path / f"{width}.safetensors", net.state_dict())
+        assert load_text(file).config.activation == activation
+    assert load_text(file, activation="quick_gelu").config.activation == "quick_gelu"
+
+
+def test_a_text_encoder_s_file_of_another_width_asks_for_its_activation(tmp_path: Path) -> None:
+    folder = sd_files.tree("sdxl") / "text_encoder_2"
+    file = next(folder.glob("*.safetensors"))
+    assert load_text(file).config.activation == "gelu"  # its config.json lies beside it
+    alone = shutil.copy(file, tmp_path / "alone.safetensors")
+    with pytest.raises(UserError, match="do not say its activation"):
+        load_text(alone)
+    assert load_text(alone, activation="gelu").config.activation == "gelu"
+
+
+def test_a_single_file_gives_the_text_encoder_that_is_asked_for() -> None:
+    bundle = load_pretrained(sd_files.tree("sdxl"))
+    for name, part in zip(("text_encoder", "text_encoder_2"), bundle.text.parts):
+        net = load_text(sd_files.single("sdxl"), name=name, activation=part.net.config.activation)
+        same(net.state_dict(), part.net.state_dict())
+    with pytest.raises(UserError, match="holds no CLIP text encoder"):
+        load_text(sd_files.single("sd1"), name="text_encoder_2", activation="gelu")
 
 
 def test_a_whole_clip_gives_its_text_half(tmp_path: Path) -> None:

@@ -452,6 +452,13 @@ def test_image_noise_is_torchs_own_stream_of_each_seed():
     assert second.dtype == F64
 
 
+def test_a_seed_of_more_than_64_bits_is_said():
+    for seed in (2**64, -(2**63) - 1):
+        with pytest.raises(UserError, match="64 bits"):
+            ImageNoise([0, seed])
+    ImageNoise([2**64 - 1, -1])
+
+
 def test_start_from_noise_is_the_whole_ladder():
     sigmas, eps = noise.karras(noise.ldm(), 10), normal(0, 4, 3)
     x, rest = start(sigmas, eps)

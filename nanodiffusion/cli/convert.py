@@ -22,10 +22,9 @@ from torch import Tensor
 
 from nanodiffusion.cli.words import parse_value, read_pairs
 from nanodiffusion.errors import UserError, lookup
-from nanodiffusion.pretrained.weights import PICKLES, disk_errors, save, source_of
+from nanodiffusion.pretrained.weights import DTYPES, PICKLES, disk_errors, save, source_of
 
 USAGE = "nanodiffusion convert IN OUT [dtype=fp16] [prediction=v] [tokenizer=FOLDER] [memory=GIB] [seconds=N]"
-DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 KEYS = {"dtype": str, "prediction": str, "tokenizer": str, "memory": float, "seconds": float}
 NESTS = ("state_dict", "model_state_dict", "module", "model", "params_ema", "params")  # where trainers put the weights
 # Pickled training states name these libraries' classes. They are not imported: an empty stand-in takes their place.

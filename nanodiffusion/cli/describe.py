@@ -8,10 +8,11 @@ from typing import Any
 
 from nanodiffusion.errors import UserError
 from nanodiffusion.lora import read_lora
+from nanodiffusion.lora.files import FILES as LORAS
 from nanodiffusion.pretrained.layouts import rename
 from nanodiffusion.pretrained.recognise import FAMILY_OF_CONTEXT, Guess, detect
 from nanodiffusion.pretrained.scheduler_config import read_scheduler
-from nanodiffusion.pretrained.weights import STEMS, Entry, Source, read_json, source_of, variants
+from nanodiffusion.pretrained.weights import Entry, Source, has_plain, read_json, source_of, variants
 from nanodiffusion.text.inversion import read_inversion
 
 Facts = dict[str, Any]
@@ -32,7 +33,6 @@ KINDS = {
     "unknown": "unknown",
 }
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet")  # folders of a checkpoint
-LORAS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # by which a LoRA's folder is known
 MODEL = {"_class_name", "architectures", "model_type"}  # of which a network's config.json has one, and a run's none
 SHOWN = 20  # tensors of an unknown file
 
@@ -70,9 +70,7 @@ def of_folder(path: Path) -> Facts | None:
 def found_in(folder: Path) -> tuple[Source, list[str]]:
     """The weights in a network's folder, the plain ones if there are any, and the names of its variants."""
     names = variants(folder)
-    files = [f"{stem}{end}" for stem in STEMS for end in (".safetensors", ".safetensors.index.json")]
-    plain = not names or any((folder / file).is_file() for file in files)
-    return source_of(folder, None if plain else names[0]), names
+    return source_of(folder, None if not names or has_plain(folder) else names[0]), names
 
 
 def of_checkpoint(folder: Path) -> Facts:

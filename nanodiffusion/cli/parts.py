@@ -20,11 +20,11 @@ from nanodiffusion.lora import add_lora, read_lora
 from nanodiffusion.memory import PLANS
 from nanodiffusion.pretrained import Bundle, load_adapter, load_codec, load_controlnet, load_pretrained
 from nanodiffusion.pretrained.hub import cached, split_name
-from nanodiffusion.pretrained.weights import source_of
+from nanodiffusion.pretrained.weights import DTYPES, source_of
 from nanodiffusion.tasks import AdapterInput, Control, GenerateConfig, Inputs, plan
 from nanodiffusion.text.inversion import load_inversion
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {name: dtype for name, dtype in DTYPES.items() if dtype}
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ def drawn(seen: Seen, asked: Asked, config: GenerateConfig, natural: int) -> See
 
 def load_model(asked: Asked, device: torch.device) -> tuple[Bundle, Asked]:
     """The checkpoint, and what was asked with its SHA-256 and commit."""
-    precision = "bf16" if asked.memory == "low" and asked.precision == "auto" else asked.precision
+    half = asked.memory in PLANS and PLANS[asked.memory].half
+    precision = "bf16" if half and asked.precision == "auto" else asked.precision
     named = (asked.variant, asked.prediction, asked.revision, asked.tokenizer)
     options = [text or None for text in named]
     with reading(asked.model, asked.model_sha256, "model"):

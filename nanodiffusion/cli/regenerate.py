@@ -1,5 +1,6 @@
 """`nanodiffusion regenerate FILE.png key=value ...`: the picture again, from the settings in it."""
 
+import re
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,6 +25,7 @@ MOST = {
     "width": 1 << 16,
     "height": 1 << 16,
 }  # that a file may ask for
+NETS = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")  # in other programs' prompts: a file that we do not have
 
 
 def main(args: Namespace) -> int:
@@ -88,8 +90,12 @@ def _foreign(settings: Mapping[str, Any], words: Words) -> tuple[GenerateConfig,
     understood = {k: v for k, v in settings.items() if k != "model"}
     if "image" not in words.asked:
         understood.pop("strength", None)
+    prompt = understood.get("prompt")
+    nets = NETS.findall(prompt) if isinstance(prompt, str) else []
+    if nets:
+        understood["prompt"] = NETS.sub("", str(prompt)).strip()
     config, asked, left = read_back(understood)
-    if lost := [*left, *(["strength"] if "strength" in settings and "strength" not in understood else [])]:
+    if lost := [*left, *nets, *(["strength"] if "strength" in settings and "strength" not in understood else [])]:
         print(inert("left out, as not understood: " + ", ".join(lost)[:400]))
     return config, asked
 

@@ -521,8 +521,12 @@ class _EpsTheta:
 
     def __init__(self, net: nn.Module, cond: dict[str, Any], uncond: dict[str, Any] | None, scale: float) -> None:
         self.t = self.sigma = torch.zeros(1)
-        self.denoiser = Denoiser(net, "eps", lambda sigma: _repeat(self.t, len(sigma)).to(sigma))
+        self.denoiser = Denoiser(net, "eps", self._clock)
         self.guided = bind(self._eps, cond) if uncond is None else cfg(self._eps, cond, uncond, scale)
+
+    def _clock(self, sigma: Tensor) -> Tensor:
+        wide = torch.promote_types(sigma.dtype, torch.float32)  # bfloat16 would make 1,000 of 999
+        return _repeat(self.t, len(sigma)).to(sigma.device, wide)
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor, sigma: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ Generator = np.random.Generator
 # ---- pictures
 
 
-def pixels(image: Any) -> np.ndarray:
+def as_bytes(image: Any) -> np.ndarray:
     """An image as bytes (h w) or (h w 3): a PIL image, or uint8 (h w), (h w c) or (c h w) with c 1, 3 or 4.
 
     What is transparent is white. Raises UserError on anything else.
@@ -31,7 +31,7 @@ def pixels(image: Any) -> np.ndarray:
     if isinstance(image, Image.Image):
         grey = image.mode in ("1", "L") and not image.has_transparency_data
         return np.asarray(image.convert("L") if grey else opaque(image))
-    array = np.asarray(image)
+    array = np.asarray(image.cpu() if isinstance(image, Tensor) else image)
     if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or tuple(array.shape[2:]) not in ((), (1,), (3,), (4,)):
@@ -39,16 +39,16 @@ def pixels(image: Any) -> np.ndarray:
         found = f"{array.dtype} {array.shape}"
         raise UserError("this is no image of bytes", key="image", expected=expected, found=found)
     array = array[:, :, 0] if array.shape[2:] == (1,) else array
-    return pixels(Image.fromarray(np.ascontiguousarray(array)))
+    return as_bytes(Image.fromarray(np.ascontiguousarray(array)))
 
 
 def to_unit(image: Any, channels: int = 3) -> Tensor:
-    """An image, as `pixels` takes it, in grey (1) or RGB (3): -> (1 channels h w) float32 in [0, 1].
+    """An image, as `as_bytes` takes it, in grey (1) or RGB (3): -> (1 channels h w) float32 in [0, 1].
 
     What ControlNets and adapters take. Raises UserError on another number of channels.
     """
     mode = lookup(CHANNELS, channels, "channels")
-    levels = np.array(Image.fromarray(pixels(image)).convert(mode))
+    levels = np.array(Image.fromarray(as_bytes(image)).convert(mode))
     return torch.from_numpy(np.atleast_3d(levels)).permute(2, 0, 1)[None].float() / 255
 
 
@@ -62,14 +62,14 @@ def canny(image: Any, low: int = 100, high: int = 200) -> Image.Image:
         raise UserError(
             "these thresholds are not in order", key="low, high", expected="0 <= low <= high", found=(low, high)
         )
-    return Image.fromarray(need("cv2", extra="data").Canny(pixels(image), low, high))
+    return Image.fromarray(need("cv2", extra="data").Canny(as_bytes(image), low, high))
 
 
 # ---- masks
 
 
 def to_mask(image: Any, threshold: float = 0.5) -> Tensor:
-    """An image, as `pixels` takes it, as a mask: 1 where its grey is `threshold` (of 1) or more -> (1 1 h w) float32."""
+    """An image, as `as_bytes` takes it, as a mask: 1 where its grey is `threshold` (of 1) or more -> (1 1 h w) float32."""
     return (to_unit(image, 1) >= threshold).float()
 
 
@@ -106,7 +106,7 @@ def outpaint(
     Sides in pixels. The new pixels repeat the border's. overlap: how far the mask reaches into the old picture, on the
     sides that grow. Raises UserError on negative numbers, on no growth, and when the mask would cover everything.
     """
-    old = np.array(Image.fromarray(pixels(image)).convert("RGB"))
+    old = np.array(Image.fromarray(as_bytes(image)).convert("RGB"))
     sides = _sides(left, top, right, bottom, overlap, old.shape[0], old.shape[1])
     picture = np.pad(old, ((top, bottom), (left, right), (0, 0)), mode="edge")
     height, width = picture.shape[:2]

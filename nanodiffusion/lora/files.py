@@ -170,7 +170,7 @@ _OTHER_KINDS = {
     r"^lora_controlnet$": "control LoRA",
 }
 
-_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # by which a folder is known
+FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # by which a folder is known
 
 
 def read_lora(path: str | Path) -> Lora:
@@ -198,7 +198,7 @@ def read_lora(path: str | Path) -> Lora:
 def _file_of(path: Path) -> Path:
     if not path.is_dir():
         return path
-    candidates = [path / name for name in _FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+    candidates = [path / name for name in FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
     if len(candidates) != 1:
         found = ", ".join(c.name for c in candidates) or "none"
         raise UserError("cannot tell the LoRA of this folder", file=path, expected="one .safetensors file", found=found)

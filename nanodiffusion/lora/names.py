@@ -29,7 +29,7 @@ def resolve(lora: Lora, targets: Targets) -> Lora:
     for target in targets:
         lookup(dict.fromkeys(TARGETS), target, "target")
     nets = {target: _Net(layers_of(net), spellings(target, net)) for target, net in targets.items()}
-    _checkfamily_of_context(lora, nets)
+    _check_family(lora, nets)
     parts: Parts = {}
     for target, named in lora.parts.items():
         target = target or max(nets, key=lambda t: _fitting(named, nets[t]))
@@ -123,7 +123,7 @@ def _unmatched(target: str, lost: list[str], total: int, table: Mapping[str, str
     )
 
 
-def _checkfamily_of_context(lora: Lora, nets: Mapping[str, _Net]) -> None:
+def _check_family(lora: Lora, nets: Mapping[str, _Net]) -> None:
     unet = nets["unet"].layers if "unet" in nets else {}
     has = next((layer.weight.shape[1] for name, layer in unet.items() if ATTENDS.search(name)), None)
     if lora.context and has and lora.context != has:

@@ -153,8 +153,8 @@ class ControlNet(Encoder):
     def _start(self, unet: SDUNet) -> None:
         """Give every weight the value it starts with; none has any yet."""
         own, theirs = self.state_dict(), unet.state_dict()
-        for key in own.keys() - {"conv_in.weight"}:
-            if not key.startswith("controlnet_"):
+        for key in own:  # in the net's order, so that the first that is missing is named
+            if key != "conv_in.weight" and not key.startswith("controlnet_"):
                 check_shape(key, theirs.get(key), tuple(own[key].shape))
                 own[key].copy_(theirs[key])
         shared = min(self.conv_in.in_channels, unet.conv_in.in_channels)

@@ -321,6 +321,17 @@ class SDUNet(Encoder):
         return out + last if c.pass_residual else last
 
 
+def feature_shapes(config: SDUNetConfig, height: int, width: int) -> tuple[tuple[int, int, int], ...]:
+    """Shapes (c h w) of the maps that the U-Net takes from a T2I-Adapter for a latent: one per level, one for the middle."""
+    shapes, last = [], len(config.widths) - 1
+    h, w = height, width
+    for level, (channels, depth) in enumerate(zip(config.widths, config.depths)):
+        below = ((h + 1) // 2, (w + 1) // 2) if level < last else (h, w)
+        shapes.append((channels, *((h, w) if depth else below)))  # before the halving where there is attention
+        h, w = below
+    return (*shapes, (config.widths[-1], h, w))
+
+
 def add_residuals(x: Tensor, skips: Sequence[Tensor], residuals: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The middle's output x and the skips, each with its ControlNet residual, of which the middle's is the last."""
     if len(residuals) != len(skips) + 1:

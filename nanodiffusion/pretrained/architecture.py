@@ -33,7 +33,8 @@ class Fields:
         self.file, self.left = file, {key: value for key, value in raw.items() if not key.startswith("_")}
         found = raw.get("_class_name", kind)
         if kind and found != kind:
-            raise UserError("this is another kind of model", file=file, key="_class_name", expected=kind, found=found)
+            what = f"this is another kind of model, and no {kind}"
+            raise UserError(what, file=file, key="_class_name", expected=kind, found=str(found)[:80])
 
     def integer(self, key: str, default: int, most: int = MOST) -> int:
         """A whole number from 0 to `most`, or a list of equal ones; null is the default."""

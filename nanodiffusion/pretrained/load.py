@@ -1,7 +1,8 @@
 """Published checkpoints of Stable Diffusion 1.x, 2.x and SDXL as a Bundle: denoiser, codec, text and schedule.
 
-This is the only file that knows what the families are. A model is a name on the hub, a folder as diffusers writes it, or a
-single .safetensors in the original layout. It is told by its configs and its tensors, never by its name.
+What the families are is said here alone; `recognise` and `layouts` tell them by their files. A model is a name on the hub, a
+folder as diffusers writes it, or a single .safetensors in the original layout. It is told by its configs and its tensors,
+never by its name.
 """
 
 import hashlib
@@ -30,8 +31,8 @@ from nanodiffusion.pretrained.hub import Place, cached, locate, needed
 from nanodiffusion.pretrained.layouts import Piece, rename
 from nanodiffusion.pretrained.recognise import detect
 from nanodiffusion.pretrained.scheduler_config import PREDICTIONS, read_scheduler, zero_terminal_snr
-from nanodiffusion.pretrained.weights import STEMS, Source, load, read_json, source_of, variants
-from nanodiffusion.text import CLIPText, CLIPTokenizer, TextConfig
+from nanodiffusion.pretrained.weights import DTYPES, STEMS, Source, has_plain, load, read_json, source_of, variants
+from nanodiffusion.text import CLIP_BIGG, CLIP_H, CLIP_L, CLIPText, CLIPTokenizer, TextConfig
 from nanodiffusion.text.prompts import TextEncoder, TextPart
 
 # -- the families --------------------------------------------------------------------------------------------------------
@@ -213,15 +214,10 @@ def _in_folder(folder: Path, component: str, words: str, name: str, variant: str
     config = folder / "config.json"
     if (folder / "model_index.json").is_file():
         raise _lacks(folder, name)
-    if variant and variant not in variants(folder) and _has_plain(folder):
+    if variant and variant not in variants(folder) and has_plain(folder):
         warnings.warn(f"{folder} has no variant {variant}: its plain weights are used", stacklevel=2)
         variant = None
     return Part(component, words, source_of(folder, variant), config if config.is_file() else None)
-
-
-def _has_plain(folder: Path) -> bool:
-    names = [f"{stem}{end}" for stem in STEMS for end in (".safetensors", ".safetensors.index.json")]
-    return any((folder / name).is_file() for name in names)
 
 
 def _lacks(folder: Path, name: str) -> UserError:
@@ -257,8 +253,7 @@ def _options(dtype: str | torch.dtype, device: str | torch.device) -> Options:
     where = pick_device(str(device))
     half = torch.bfloat16 if where.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
     auto = torch.float32 if where.type == "cpu" else half
-    table = {"auto": auto, "keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return Options(dtype if isinstance(dtype, torch.dtype) else lookup(table, dtype, "dtype"), where)
+    return Options(dtype if isinstance(dtype, torch.dtype) else lookup({"auto": auto, **DTYPES}, dtype, "dtype"), where)
 
 
 def _load_one(
@@ -348,13 +343,35 @@ def load_text(
     variant: str | None = None,
     revision: str | None = None,
     name: str = "text_encoder",
+    activation: str | None = None,
 ) -> CLIPText:
-    """A text encoder from its folder, or from the folder `name` of a checkpoint; a whole CLIP gives its text half."""
+    """A text encoder from its folder or file, or that of `name` in a checkpoint; a whole CLIP gives its text half.
+
+    activation: "quick_gelu" or "gelu"; only a file without a config.json needs it, and those of published widths do not.
+    UserError: it does, or as load_pretrained.
+    """
     options = _options(dtype, device)
     place = locate(where, partial(needed, variant=variant, folders=(name,)), revision)
-    part = _in_folder(place.path, "text", "CLIP text encoder", name, variant)
-    config = _text_config(part, "quick_gelu")
+    part = _text_part(place.path, name, variant)
+    if part.config is None and activation is None:
+        width = part.described(arch.text_of_shapes, CLIP_L.activation).width
+        activation = next((c.activation for c in (CLIP_L, CLIP_H, CLIP_BIGG) if c.width == width), None)
+        if activation is None:
+            what, fix = "a text encoder's tensors do not say its activation", "activation=quick_gelu (OpenAI's) or gelu"
+            raise UserError(what, file=place.path, key="activation", found=f"{width} features", fix=fix)
+    config = _text_config(part, activation or CLIP_L.activation)
     return part.load(lambda: CLIPText(config), *options)
+
+
+def _text_part(path: Path, name: str, variant: str | None) -> Part:
+    words = "CLIP text encoder"
+    if path.is_dir():
+        return _in_folder(path, "text", words, name, variant)
+    source, beside = source_of(path), path.parent / "config.json"
+    described = beside.is_file() and path.name.startswith(STEMS) and "vocab_size" in read_json(beside)
+    names = dict(zip((folder for folder, _ in TEXTS), ("text", "text_2")))
+    whole = len(rename(source.entries).components) > 1  # the second encoder's own file calls it as the first's does
+    return Part(names.get(name, "text") if whole else "text", words, source, beside if described else None)
 
 
 def _text_config(part: Part, activation: str) -> TextConfig:

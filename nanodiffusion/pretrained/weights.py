@@ -29,6 +29,7 @@ Module = TypeVar("Module", bound=nn.Module)
 Rename = Callable[[Iterable[str]], Mapping[str, Piece]]  # names in the file -> the network's name -> where it is read
 
 STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
+DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # keep: the file's
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 JSON_LIMIT = 1 << 26  # bytes; the index of a hundred thousand tensors has a tenth of it
 WINDOW = 1 << 24  # bytes copied from one mapping before it is dropped, at least
@@ -131,6 +132,12 @@ def variants(folder: str | Path) -> list[str]:
     pattern = re.compile(rf"(?:{'|'.join(STEMS)})(?:\.(\w+){shard}\.safetensors|\.safetensors\.index\.(\w+)\.json)")
     names = [pattern.fullmatch(file.name) for file in Path(folder).iterdir()]
     return sorted({m[1] or m[2] for m in names if m})
+
+
+def has_plain(folder: str | Path) -> bool:
+    """Whether a component's folder holds weights of no variant."""
+    names = [f"{stem}{end}" for stem in STEMS for end in (".safetensors", ".safetensors.index.json")]
+    return any((Path(folder) / name).is_file() for name in names)
 
 
 def _no_weights(folder: Path, variant: str | None) -> UserError:

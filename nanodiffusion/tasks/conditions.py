@@ -17,6 +17,7 @@ from nanodiffusion.guidance import Bound, bind, cfg, loss_guidance, stepwise, ze
 from nanodiffusion.nets.adapter import sum_features
 from nanodiffusion.nets.controlnet import Controlled, check_family, control_strengths
 from nanodiffusion.nets.inpaint import InpaintTokens
+from nanodiffusion.nets.sd_unet import feature_shapes
 from nanodiffusion.pretrained import Bundle
 from nanodiffusion.tasks.request import (
     AdapterInput,
@@ -48,8 +49,9 @@ def conditioning(bundle: Bundle, config: GenerateConfig, embeddings: Embeddings 
     shapes = [tuple(c["context"].shape) for c in both]
     if shapes[0] != shapes[-1]:
         raise UserError("cond and uncond differ in shape", key="embeddings", expected=shapes[0], found=shapes[1])
-    device = bundle.device
-    conds = [tree_map(lambda v: v.to(device), _spread(c, config)) for c in both]
+    device, dtype = bundle.device, unet_of(bundle).conv_in.weight.dtype
+    cast = lambda v: v.to(device, dtype if v.is_floating_point() else None)
+    conds = [tree_map(cast, _spread(c, config)) for c in both]
     if bundle.family.sizes:
         for c, prefix in zip(conds, ("", "negative_")):
             c["sizes"] = _sizes(config, prefix).to(device).expand(len(c["context"]), -1)
@@ -194,7 +196,12 @@ def _pixels(picture: Picture, channels: int, low: int) -> Tensor:
         return x.reshape((1,) * (4 - x.ndim) + x.shape)
     if isinstance(picture, Image.Image | np.ndarray | Tensor):
         return to_unit(picture, channels) * (1 - low) + low
-    return torch.cat([_pixels(p, channels, low) for p in picture])
+    several = [_pixels(p, channels, low) for p in picture]
+    shapes = [tuple(x.shape[1:]) for x in several]
+    if len(set(shapes)) != 1:
+        expected = "one or more, all of one size"
+        raise UserError("these pictures do not go together", key="image", expected=expected, found=shapes[:6])
+    return torch.cat(several)
 
 
 def rows(x: Tensor, config: GenerateConfig, b: int, key: str) -> Tensor:
@@ -263,9 +270,10 @@ def _features(bundle: Bundle, config: GenerateConfig, adapter: AdapterInput, kno
     image = pixels(adapter.image, config, "adapter", adapter.net.config.channels_in)
     with bundle.at_work(adapter.net):
         features = adapter.net(image.to(bundle.device))
-    widths, mine = [f.shape[1] for f in features], unet_of(bundle).config.widths
-    if not all(a == b for a, b in zip(widths, mine)):
-        raise UserError("this adapter belongs to another family", key="adapter", expected=mine, found=widths)
+    own = feature_shapes(unet_of(bundle).config, known.shape[2], known.shape[3])
+    found = tuple(tuple(f.shape[1:]) for f in features)
+    if found != own[: len(found)]:
+        raise UserError("this adapter belongs to another family of U-Nets", key="adapter", expected=own, found=found)
     return tuple(rows(f, config, known.shape[0], "adapter") for f in features)
 
 
@@ -348,7 +356,14 @@ def with_loss(bundle: Bundle, config: GenerateConfig, D: Bound, sigmas: Tensor, 
     """D moved down the gradient of a loss of the decoded x0, in the first of every `loss_every` steps."""
     if loss is None:
         return D
-    moved = loss_guidance(D, lambda x0: _checked(loss(to_image(bundle, x0)), len(x0)).to(x0.device), config.loss_scale)
+    descended = loss_guidance(
+        D, lambda x0: _checked(loss(to_image(bundle, x0)), len(x0)).to(x0.device), config.loss_scale
+    )
+
+    def moved(x: Tensor, sigma: Tensor) -> Tensor:
+        with bundle.at_work(bundle.codec):  # until the gradient has gone back through it
+            return descended(x, sigma)
+
     return stepwise(sigmas.tolist(), [D if i % config.loss_every else moved for i in range(len(sigmas) - 1)])
 
 

@@ -1,5 +1,6 @@
 """What is asked of `generate`: plain values in a GenerateConfig, pictures and networks in Inputs; and what cannot be asked."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
@@ -9,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from nanodiffusion.config import SampleConfig, from_dict
+from nanodiffusion.data.conditioning import as_bytes
 from nanodiffusion.denoiser import Cond
 from nanodiffusion.errors import UserError
 from nanodiffusion.nets.adapter import Adapter
@@ -140,6 +142,11 @@ def _check_words(config: GenerateConfig, inputs: Inputs) -> None:
     for key in ("frames", "seed", "clip_skip", "width", "height"):
         if not 0 <= getattr(config, key) < 2**63:
             raise UserError("must be a number from 0 up", key=key, found=getattr(config, key))
+    if wrong := [seed for seed in config.seeds if not 0 <= seed < 2**63]:
+        raise UserError("must be numbers from 0 up", key="seeds", expected="below 2^63", found=wrong[:3])
+    for key, value in ((f.name, getattr(config, f.name)) for f in fields(config)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError("must be a finite number", key=key, found=value)
     if config.frames and config.n > 1:
         raise UserError("frames and n exclude each other", key="frames", fix="n=1")
     if len(config.guidance_interval) not in (0, 2):
@@ -147,6 +154,10 @@ def _check_words(config: GenerateConfig, inputs: Inputs) -> None:
 
 
 def _check_pictures(bundle: Bundle, config: GenerateConfig, inputs: Inputs) -> None:
+    latents = (unet_of(bundle).config.channels_out, bundle.codec.latent_channels)
+    if latents[0] != latents[1]:
+        what = "the VAE's latents have another number of channels than the U-Net's"
+        raise UserError(what, key="vae", expected=latents[0], found=latents[1])
     if inputs.mask is not None and inputs.image is None:
         raise UserError("a mask needs a picture", key="mask", fix="image=...")
     if config.strength is not None and inputs.image is None:
@@ -207,10 +218,11 @@ def size_of_picture(picture: Picture) -> tuple[int, int]:
     """Width and height."""
     if isinstance(picture, Image.Image):
         return picture.size
-    if isinstance(picture, Tensor):
+    if isinstance(picture, Tensor) and picture.is_floating_point():
         return picture.shape[-1], picture.shape[-2]
-    if isinstance(picture, np.ndarray):
-        return picture.shape[1], picture.shape[0]
+    if isinstance(picture, np.ndarray | Tensor):
+        height, width = as_bytes(picture).shape[:2]
+        return width, height
     if not len(picture):
         raise UserError("an empty list of pictures", key="image")
     return size_of_picture(picture[0])

@@ -8,7 +8,7 @@ Each argument becomes a tensor of cond, a wrapper of the denoiser or another sta
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from nanodiffusion.tasks.conditions import (
     know,
     pixels,
     ready,
+    rows,
     slerp,
     to_image,
     walk,
@@ -195,9 +196,10 @@ def pictures(bundle: Bundle, x: Tensor, image: Picture | None = None, mask: Pict
     """Latents (b c h w) decoded; with the image and mask of inpainting, what was known is put back exactly."""
     made = to_uint8(to_image(bundle, x)).cpu().numpy()
     if image is not None and mask is not None:
-        size = GenerateConfig(width=made.shape[2], height=made.shape[1])
-        known = to_uint8(pixels(image, size, "image", low=-1)).numpy()
-        made = paste(made, known, pixels(mask, size, "mask", 1)[:, 0].numpy())
+        size, b = GenerateConfig(width=made.shape[2], height=made.shape[1]), len(made)
+        each = lambda x, key: rows(x, replace(size, n=max(1, b // len(x))), b, key)
+        known = to_uint8(each(pixels(image, size, "image", low=-1), "image")).numpy()
+        made = paste(made, known, each(pixels(mask, size, "mask", 1), "mask")[:, 0].numpy())
     return [Image.fromarray(picture) for picture in made]
 
 

@@ -13,21 +13,6 @@ from torch import Tensor, nn
 
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.nets.layers import check_multiple, check_positive
-from nanodiffusion.text.tokenizer import CLIPTokenizer
-
-__all__ = [
-    "ACTIVATIONS",
-    "CLIP_BIGG",
-    "CLIP_H",
-    "CLIP_L",
-    "CLIPText",
-    "CLIPTokenizer",
-    "Encoded",
-    "TextConfig",
-    "mix_tokens",
-    "quick_gelu",
-    "replace_token",
-]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
