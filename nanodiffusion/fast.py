@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanodiffusion.nets.autoencoder import PixelAttention
+from nanodiffusion.nets.autoencoder import PixelAttention, ResBlock
 from nanodiffusion.nets.layers import Attention
-from nanodiffusion.nets.sd_layers import CrossAttention
+from nanodiffusion.nets.sd_layers import CrossAttention, ResnetBlock, TransformerBlock
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -143,25 +143,29 @@ def attend_in_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     b, h, n, d = q.shape
     m = k.shape[2]
-    if q.device.type != "cpu" or torch.get_float32_matmul_precision() == "highest" or not b * h * n * m:
+    elsewhere = q.device.type != "cpu" or torch.compiler.is_compiling()
+    if elsewhere or torch.get_float32_matmul_precision() == "highest" or not b * h * n * m:
         return F.scaled_dot_product_attention(q, k, v)
     heads = max(1, SCORES // (n * m))
     rows = max(1, SCORES // (heads * m))
     out = q.new_empty(b * h, n, d)
     with torch.autocast("cpu", enabled=False):
-        for q, k, v, o in zip(*(x.flatten(0, 1).split(heads) for x in (q, k, v)), out.split(heads)):
-            _attend(_wide(q) * (math.log2(math.e) * d**-0.5), _wide(k).transpose(1, 2).contiguous(), v, o, rows)
+        for group in zip(*(x.flatten(0, 1).split(heads) for x in (q, k, v)), out.split(heads)):
+            qs, ks, vs, to = (
+                x.squeeze(0) for x in group
+            )  # one head: a plain product, which is faster than a batch of one
+            _attend(_wide(qs) * (math.log2(math.e) * d**-0.5), _wide(ks).transpose(-2, -1).contiguous(), vs, to, rows)
     return out.unflatten(0, (b, h))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: int) -> None:
-    """softmax(ln2 q k) v into out, so many rows at once: q (g n k) and k (g k m) in float32, v (g m k), out (g n k).
+    """softmax(ln2 q k) v into out, so many rows at once: q ([g] n k) and k ([g] k m) in float32, v ([g] m k), out as q.
 
     The softmax wants no shift where no score can be large: |q k| <= |q| |k|.
     """
-    bound = q.norm(dim=2).amax() * k.norm(dim=1).amax()
+    bound = q.norm(dim=-1).amax() * k.norm(dim=-2).amax()
     small = float(bound) <= LARGE and v.dtype != torch.float16
-    for some, to in zip(q.split(rows, dim=1), out.split(rows, dim=1)):
+    for some, to in zip(q.split(rows, dim=-2), out.split(rows, dim=-2)):
         scores = some @ k
         if not small:
             scores.sub_(scores.amax(-1, keepdim=True))
@@ -194,7 +198,7 @@ class ConvLast(nn.Conv2d):
         return plain and frozen and few and not isinstance(self.padding, str)
 
     def _product(self, x: Tensor) -> Tensor:
-        (h, w), (down, right) = self.padding, self.stride  # type: ignore[misc]
+        (h, w), (down, right) = cast(tuple[int, int], self.padding), self.stride
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, w, w, h, h))  # (b h w c)
         windows = padded.unfold(1, self.kernel_size[0], down).unfold(2, self.kernel_size[1], right)  # (b h w c i j)
         rows = windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
@@ -280,3 +284,24 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {
     nn.GroupNorm: GroupNormLast,
     nn.Dropout: Dropout16,
 }
+
+
+# -- compiling ---------------------------------------------------------------------------------------------------------
+
+BLOCKS = (TransformerBlock, ResnetBlock, ResBlock, PixelAttention)  # what U-Nets and autoencoders are made of
+KINDS = 64  # shapes of block and input that may be compiled; torch gives up after 8
+
+
+def compile_blocks(net: Net, **options: Any) -> Net:
+    """Compile every block of a Stable Diffusion U-Net, ControlNet or autoencoder in place: those alike share the result.
+
+    Compiling happens at the first call with each shape, and takes a fraction of what the whole net would. Parameters and
+    their names stay. options: torch.compile's, such as dynamic and mode.
+    """
+    import torch._dynamo as dynamo  # a second of imports
+
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, KINDS)
+    for module in net.modules():
+        if isinstance(module, BLOCKS):
+            module.compile(fullgraph=True, **options)
+    return net

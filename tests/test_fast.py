@@ -11,12 +11,17 @@ from torch import nn
 from torch.testing import assert_close
 
 from nanodiffusion import fast
+from nanodiffusion.codec import AutoencoderKL, AutoencoderKLConfig
 from nanodiffusion.data import TensorData
 from nanodiffusion.denoiser import Denoiser
-from nanodiffusion.fast import Dropout16, GroupNormLast, adapt, attend_by_products
-from nanodiffusion.nets import DiT, DiTConfig, UNet, UNetConfig
+from nanodiffusion.fast import ConvLast, Dropout16, GroupNormLast, adapt, attend_by_products, attend_in_pieces
+from nanodiffusion.lora import new_lora
+from nanodiffusion.nets import DiT, DiTConfig, SDUNet, UNet, UNetConfig
+from nanodiffusion.nets.controlnet import ControlNet, ControlNetConfig
 from nanodiffusion.noise import log_linear, table_density
+from nanodiffusion.text import CLIPText, TextConfig
 from nanodiffusion.train import TrainConfig, Trainer
+from tests import sd
 
 LAST = torch.channels_last
 
@@ -136,7 +141,175 @@ def test_training_of_an_adapted_unet_resumes_bit_identically():
         assert torch.equal(a, b)
 
 
+# -- Stable Diffusion ----------------------------------------------------------------------------------------------------
+
+
+def oneDNN():
+    """fp32 products by oneDNN, as `tune_cpu` sets them where they are that."""
+    torch.set_float32_matmul_precision("medium")
+    if fast.product_error() > fast.FULL_PRECISION:
+        pytest.skip("here 'medium' means bf16")
+
+
+def call_unet(net, dtype):
+    return [net(**sd.inputs(sd.XL, size=(32, 40), dtype=dtype))]
+
+
+def call_controlnet(net, dtype):
+    given = sd.inputs(sd.SD1, dtype=dtype)
+    return list(net(hint=torch.full((2, 8, 8, 8), 0.5, dtype=dtype), **given))
+
+
+def call_codec(net, dtype):
+    g = torch.Generator().manual_seed(2)
+    image, x0 = torch.rand(1, 3, 72, 64, generator=g).to(dtype), torch.randn(1, 4, 24, 32, generator=g).to(dtype)
+    return [net.encode(image), net.decode(x0)]
+
+
+def call_text(net, dtype):
+    encoded = net(torch.arange(24).view(2, 12))
+    return [encoded.last, encoded.pooled]
+
+
+STABLE = {  # name -> how the net is made, and its outputs for fixed inputs
+    "unet": (lambda: SDUNet(sd.XL), call_unet),
+    "controlnet": (lambda: ControlNet(ControlNetConfig(sd.SD1, hint_widths=(4, 8))), call_controlnet),
+    "codec": (lambda: AutoencoderKL(AutoencoderKLConfig(widths=(8, 16, 16), blocks=1, groups=4)), call_codec),
+    "text": (lambda: CLIPText(TextConfig(16, 2, 2, 32, vocab=30, positions=12, eos=23)), call_text),
+}
+
+
+@pytest.mark.parametrize("wanted", [False, True], ids=["frozen", "training"])
+@pytest.mark.parametrize("name", STABLE)
+def test_adapted_stable_diffusion_is_the_same_function(name, wanted):
+    oneDNN()
+    make, call = STABLE[name]
+    net = sd.randomise(make()).requires_grad_(wanted).eval()
+    results = []
+    for dtype, copied in ((torch.float64, copy.deepcopy(net)), (torch.float32, adapt(copy.deepcopy(net)))):
+        outs = call(copied.to(dtype), dtype)
+        if wanted:
+            sum(out.square().mean() for out in outs).backward()
+        grads = [p.grad for p in copied.parameters() if p.grad is not None]
+        assert bool(grads) == wanted
+        results.append([*(out.detach() for out in outs), *grads])
+    assert error(results[1], results[0]) < 1e-5
+
+
+@pytest.mark.parametrize("name", STABLE)
+def test_adapted_stable_diffusion_is_as_exact_in_bfloat16(name):
+    oneDNN()
+    make, call = STABLE[name]
+    net = sd.randomise(make()).requires_grad_(False).eval().bfloat16()
+    with torch.no_grad():
+        exact = call(copy.deepcopy(net).double(), torch.float64)
+        plain, adapted = (error(call(n, torch.bfloat16), exact) for n in (net, adapt(copy.deepcopy(net))))
+    assert adapted < 1.2 * plain + 1e-9
+
+
+def test_adapt_moves_only_frozen_kernels_in_memory():
+    net = sd.randomise(SDUNet(sd.SD1)).requires_grad_(False)
+    net.conv_in.requires_grad_(True)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    after = adapt(net).state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    kernels = {k for k, v in after.items() if v.stride() != before[k].stride()}
+    assert kernels == {k for k, v in before.items() if v.shape[2:] == (3, 3)} - {"conv_in.weight"}
+
+
+def test_a_lora_on_an_adapted_net_acts_and_leaves_no_trace():
+    net, given = adapt(sd.randomise(SDUNet(sd.SD1)).requires_grad_(False).eval()), sd.inputs(sd.SD1)
+    with torch.no_grad():
+        before, weights = net(**given), {k: v.clone() for k, v in net.state_dict().items()}
+        lora = new_lora({"unet": net}, rank=2, match=("to_q", "conv1"))
+        for p in lora.parameters():
+            nn.init.normal_(p, std=0.1)
+        live = net(**given)
+        fused = lora.fuse() and net(**given)
+        assert error([live], [before]) > 1e-3
+        assert error([fused], [live]) < 1e-5
+        lora.remove()
+        assert torch.equal(net(**given), before)
+    assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())
+
+
+def test_blocks_that_are_alike_are_compiled_once():
+    net, given, graphs = sd.randomise(SDUNet(sd.SD1)).requires_grad_(False), sd.inputs(sd.SD1, size=(16, 16)), []
+    expected, names = net(**given), list(net.state_dict())
+    blocks = [m for m in net.modules() if isinstance(m, fast.BLOCKS)]
+    fast.compile_blocks(net, backend=lambda graph, inputs: graphs.append(1) or graph.forward)
+    assert_close(net(**given), expected)
+    assert 0 < len(graphs) < len(blocks)
+    compiled = len(graphs)
+    net(**given)
+    assert len(graphs) == compiled and list(net.state_dict()) == names
+
+
 # -- layers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0], ids=["small scores", "large scores"])
+@pytest.mark.parametrize("scores", [7, 64, 1000, 2**20])
+@pytest.mark.parametrize("shape", [(2, 3, 7, 8), (1, 2, 50, 16)])
+def test_attention_in_pieces_is_attention(shape, scores, size, monkeypatch):
+    oneDNN()
+    monkeypatch.setattr(fast, "SCORES", scores)
+    b, h, n, d = shape
+    q = size * torch.randn(b, n, h, d).transpose(1, 2)
+    k, v = torch.randn(2, b, 11, h, d).transpose(2, 3).unbind()
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert error([attend_in_pieces(q, k, v)], [exact]) < 1e-6 * max(1, size / 4)  # q k itself is rounded
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_pieces_is_as_exact_as_torchs_in_half_precision(dtype):
+    oneDNN()
+    q, k, v = 2 * torch.randn(3, 2, 2, 64, 32)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    errors = [
+        error([f(*(x.to(dtype) for x in (q, k, v)))], [exact])
+        for f in (attend_in_pieces, F.scaled_dot_product_attention)
+    ]
+    assert errors[0] < 1.2 * errors[1]
+
+
+def test_attention_in_pieces_holds_its_own_precision_under_autocast():
+    oneDNN()
+    q, k, v = torch.randn(3, 1, 2, 64, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend_in_pieces(q, k, v)
+    assert torch.equal(found, attend_in_pieces(q, k, v))
+
+
+def test_attention_of_nothing_to_nothing_is_torchs():
+    oneDNN()
+    empty = torch.randn(1, 2, 0, 8)
+    assert attend_in_pieces(empty, empty, empty).shape == empty.shape
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (3, 0), ((1, 3), (0, 1)), (2, 0)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolution_of_small_maps_is_a_product(kernel, padding, stride, bias, monkeypatch):
+    conv = nn.Conv2d(5, 6, kernel, stride=stride, padding=padding, bias=bias).requires_grad_(False)
+    x = torch.randn(2, 5, 7, 9)
+    expected = F.conv2d(
+        x.double(), conv.weight.double(), None if conv.bias is None else conv.bias.double(), stride, padding
+    )
+    conv = adapt(nn.Sequential(conv))[0]
+    assert isinstance(conv, ConvLast) and conv._as_product(x.contiguous(memory_format=LAST))
+    assert conv(x).is_contiguous(memory_format=LAST)
+    assert_close(conv(x), expected.float())
+
+
+def test_convolution_with_a_gradient_or_large_maps_is_torchs():
+    conv, x = adapt(nn.Sequential(nn.Conv2d(5, 6, 3).requires_grad_(False)))[0], torch.randn(2, 5, 7, 9)
+    given = lambda x: x.contiguous(memory_format=LAST)
+    assert not conv._as_product(given(x).requires_grad_())
+    assert not conv._as_product(given(torch.randn(1, 5, 32, 32)))
+    other = adapt(nn.Sequential(nn.Conv2d(5, 6, 3, padding="same", dilation=2).requires_grad_(False)))[0]
+    assert not other._as_product(given(x))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 7, 8), (1, 1, 50, 16)])
@@ -198,6 +371,15 @@ def test_groupnorm_of_bfloat16_is_computed_in_fp32():
     out = norm(x)
     assert out.dtype == torch.bfloat16
     assert_close(out, exact.bfloat16(), rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_groupnorm_of_large_maps_in_bfloat16_errs_as_its_input_does(mean):
+    x = (torch.randn(1, 16, 40, 40) + mean).contiguous(memory_format=LAST)
+    exact = F.group_norm(x.double(), 4)
+    rounded = F.group_norm(x.bfloat16().double(), 4)
+    found = GroupNormLast(4, 16).requires_grad_(False)(x.bfloat16())
+    assert error([found], [exact]) < 1.2 * error([rounded.bfloat16()], [exact])
 
 
 def test_groupnorm_of_other_layouts_is_torchs():
