@@ -154,7 +154,7 @@ def attend_in_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             qs, ks, vs, to = (
                 x.squeeze(0) for x in group
             )  # one head: a plain product, which is faster than a batch of one
-            _attend(_wide(qs) * (math.log2(math.e) * d**-0.5), _wide(ks).transpose(-2, -1).contiguous(), vs, to, rows)
+            _attend(_wide(qs) * (math.log2(math.e) * d**-0.5), _wide(ks).transpose(-2, -1), vs, to, rows)
     return out.unflatten(0, (b, h))
 
 
