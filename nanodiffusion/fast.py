@@ -109,7 +109,7 @@ def adapt(net: Net) -> Net:
 
 ATTENTION = (Attention, CrossAttention, PixelAttention)  # those whose tokens see all others
 MAX_SCORES = 2**26  # numbers of an attention matrix kept for the gradient, 256 MiB in fp32; beyond, the fused kernel
-SCORES = 2**20  # numbers of it at work where there is none, 4 MiB: they stay in the cache
+SCORES = 2**21  # numbers of it at work where there is none, 8 MiB: they stay in the cache
 LARGE = 64.0  # 2^64 and 2^-64 are far from the ends of float32 and bfloat16
 
 
