@@ -4,6 +4,10 @@ Both sides run in processes of their own, one window at a time, in turn A B B A;
 more than a tenth of a core is rejected. The figures are medians of the clean windows, the spread their quartiles. Only
 ratios within one run mean anything; where fewer than 7 windows of a side were clean, the result says so (`noisy`), and
 then the ratio of CPU seconds with --threads 1 is the better one.
+
+The Stable Diffusion family, with 13 GB of memory: `python -m benchmarks.sd` (accuracy, without which no time counts, 2
+minutes), `bench sd-unet sd-decode sd-text sd-run --rounds 9` (9 minutes), `bench sd-load sd-import` (6 minutes and 9 GB of
+files in the folder for temporary ones).
 """
 
 import argparse

@@ -93,7 +93,8 @@ def adapt(net: Net) -> Net:
 
     Attention becomes plain products, dropout draws 16 bits an element, and convolutions work channels-last, with a
     GroupNorm made for that. Parameters, their names, the call and the layers' types stay the same; so does the layout of
-    weights that want gradients, while frozen convolutions' weights become channels-last in memory.
+    weights that want gradients, while frozen convolutions' weights become channels-last in memory: a mapped file is then
+    read into it. In fp32 the sums of a channels-last convolution are up to 5 times as inexact, 1e-6, as torch's others.
     """
     if next(net.parameters()).device.type != "cpu":
         return net

@@ -215,10 +215,10 @@ def free_memory(device: torch.device) -> int:
 
 
 class Peak:
-    """The most memory in use inside a `with` block: `.bytes` on a GPU's allocator, or of this process on the CPU."""
+    """The most memory in use inside a `with` block, in `.bytes`: a GPU's allocator's, or what this process grew by on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.bytes = device, 0
+        self.device, self.bytes, self.before = device, 0, 0
 
     def __enter__(self) -> "Peak":
         if self.device.type == "cuda":
@@ -226,13 +226,14 @@ class Peak:
         else:
             with suppress(OSError):  # "5" forgets the high-water mark: proc_pid_clear_refs(5)
                 Path("/proc/self/clear_refs").write_text("5")
+            self.before = _proc("/proc/self/status", "VmRSS")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device)
         else:
-            self.bytes = _proc("/proc/self/status", "VmHWM")
+            self.bytes = max(0, _proc("/proc/self/status", "VmHWM") - self.before)
 
 
 def _proc(file: str, key: str) -> int:

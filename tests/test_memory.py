@@ -2,6 +2,7 @@
 
 import mmap
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import sd_files
@@ -155,14 +156,12 @@ def test_a_ghost_has_shapes_and_no_numbers():
 
 
 def test_the_measured_peak_contains_what_was_allocated():
-    with Peak(CPU) as before:
-        pass
-    if not before.bytes:
+    if not Path("/proc/self/clear_refs").exists():
         pytest.skip("this system tells no high-water mark")
     block = mmap.mmap(-1, 2**28)  # 256 MiB; an allocator may have as much left over
     with Peak(CPU) as peak:
         torch.frombuffer(block, dtype=torch.uint8).fill_(1)
-    assert 0.9 * GIB / 4 < peak.bytes - before.bytes < 1.3 * GIB / 4
+    assert 0.9 * GIB / 4 < peak.bytes < 1.3 * GIB / 4
 
 
 def test_an_unknown_plan_names_the_valid_ones():
