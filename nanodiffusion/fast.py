@@ -306,3 +306,42 @@ def compile_blocks(net: Net, **options: Any) -> Net:
         if isinstance(module, BLOCKS):
             module.compile(fullgraph=True, **options)
     return net
+
+
+# -- joining -----------------------------------------------------------------------------------------------------------
+
+
+class JoinedAttention(CrossAttention):
+    """Attention whose projections of one source are one layer: to_qkv of x, or to_kv of the context."""
+
+    def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if context is None:
+            q, k, v = self.to_qkv(x).chunk(3, dim=2)
+        else:
+            q, (k, v) = self.to_q(x), self.to_kv(context).chunk(2, dim=2)
+        return self.split(q), self.split(k), self.split(v)
+
+
+def fuse_projections(net: Net) -> Net:
+    """Join the projections of every attention of a Stable Diffusion net that read the same, in place: fewer, larger products.
+
+    The result is the same but for rounding. It is one-way: to_q, to_k and to_v are no longer there to be saved or to take a
+    LoRA, so this comes last.
+    """
+    for block in net.modules():
+        if isinstance(block, TransformerBlock) and type(block.attn1) is CrossAttention:
+            _join(block.attn1, "to_qkv", ("to_q", "to_k", "to_v"))
+            _join(block.attn2, "to_kv", ("to_k", "to_v"))
+    return net
+
+
+def _join(attention: CrossAttention, name: str, parts: tuple[str, ...]) -> None:
+    """Replace bias-free linear layers of one input by one that gives all their outputs, side by side."""
+    weight = torch.cat([getattr(attention, part).weight for part in parts]).detach()
+    with torch.device("meta"):
+        joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    joined.weight = nn.Parameter(weight, requires_grad=attention.to_out[0].weight.requires_grad)
+    for part in parts:
+        delattr(attention, part)
+    attention.add_module(name, joined)
+    attention.__class__ = JoinedAttention

@@ -455,3 +455,13 @@ def test_importing_changes_nothing():
     code = "import torch; import nanodiffusion.fast; print(torch.get_float32_matmul_precision())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == "highest"
+
+
+@pytest.mark.parametrize("name", ["sd1", "xl"])
+def test_joined_projections_compute_the_same_with_fewer_layers(name):
+    net, reference = sd.pair_of_unets(sd.CONFIGS[name])
+    given, before = sd.inputs(net.config), len(net.state_dict())
+    want = sd.call_reference(reference, given)
+    for _ in range(2):  # a second time does no harm
+        assert sd.relative(fast.fuse_projections(net)(**given), want) < 1e-5
+    assert len(net.state_dict()) < before
