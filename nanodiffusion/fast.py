@@ -314,6 +314,9 @@ def compile_blocks(net: Net, **options: Any) -> Net:
 class JoinedAttention(CrossAttention):
     """Attention whose projections of one source are one layer: to_qkv of x, or to_kv of the context."""
 
+    to_qkv: nn.Linear
+    to_kv: nn.Linear
+
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if context is None:
             q, k, v = self.to_qkv(x).chunk(3, dim=2)
@@ -337,10 +340,11 @@ def fuse_projections(net: Net) -> Net:
 
 def _join(attention: CrossAttention, name: str, parts: tuple[str, ...]) -> None:
     """Replace bias-free linear layers of one input by one that gives all their outputs, side by side."""
-    weight = torch.cat([getattr(attention, part).weight for part in parts]).detach()
+    old = [cast(nn.Linear, getattr(attention, part)).weight for part in parts]
+    weight = torch.cat(old).detach()
     with torch.device("meta"):
         joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    joined.weight = nn.Parameter(weight, requires_grad=attention.to_out[0].weight.requires_grad)
+    joined.weight = nn.Parameter(weight, requires_grad=old[0].requires_grad)
     for part in parts:
         delattr(attention, part)
     attention.add_module(name, joined)
