@@ -119,6 +119,11 @@ def recorded(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def by_mkl(x: Tensor) -> bool:
+    """Whether products of such tensors are MKL's, which `tune_cpu` avoids where oneDNN's are faster."""
+    return x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention as it is fastest on this CPU: q, k, v (b heads n k) -> (b heads n k); Vaswani et al. 2017, eq. 1."""
     return attend_by_products(q, k, v) if recorded(q, k, v) else attend_in_pieces(q, k, v)
@@ -130,8 +135,7 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     With oneDNN's products it is 2-3 times as fast as torch's fused CPU kernel; with MKL's, and when the scores would
     not fit, that kernel is called.
     """
-    by_mkl = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    if by_mkl or q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > MAX_SCORES:
+    if by_mkl(q) or q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > MAX_SCORES:
         return F.scaled_dot_product_attention(q, k, v)
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
 
@@ -152,9 +156,8 @@ def attend_in_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = q.new_empty(b * h, n, d)
     with torch.autocast("cpu", enabled=False):
         for group in zip(*(x.flatten(0, 1).split(heads) for x in (q, k, v)), out.split(heads)):
-            qs, ks, vs, to = (
-                x.squeeze(0) for x in group
-            )  # one head: a plain product, which is faster than a batch of one
+            # A plain product of one head is faster than a batch of one.
+            qs, ks, vs, to = (x.squeeze(0) for x in group)
             _attend(_wide(qs) * (math.log2(math.e) * d**-0.5), _wide(ks).transpose(-2, -1), vs, to, rows)
     return out.unflatten(0, (b, h))
 
@@ -196,7 +199,7 @@ class ConvLast(nn.Conv2d):
         plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
         frozen = self.weight.is_contiguous(memory_format=LAST) and not recorded(x, self.weight, self.bias)
         few = x.shape[0] * x.shape[2] * x.shape[3] <= FEW and self.kernel_size != (1, 1)
-        return plain and frozen and few and not isinstance(self.padding, str)
+        return plain and frozen and few and not isinstance(self.padding, str) and not by_mkl(x)
 
     def _product(self, x: Tensor) -> Tensor:
         (h, w), (down, right) = cast(tuple[int, int], self.padding), self.stride

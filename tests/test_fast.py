@@ -291,7 +291,8 @@ def test_attention_of_nothing_to_nothing_is_torchs():
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (3, 0), ((1, 3), (0, 1)), (2, 0)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_convolution_of_small_maps_is_a_product(kernel, padding, stride, bias, monkeypatch):
+def test_convolution_of_small_maps_is_a_product(kernel, padding, stride, bias):
+    oneDNN()
     conv = nn.Conv2d(5, 6, kernel, stride=stride, padding=padding, bias=bias).requires_grad_(False)
     x = torch.randn(2, 5, 7, 9)
     expected = F.conv2d(
@@ -304,6 +305,7 @@ def test_convolution_of_small_maps_is_a_product(kernel, padding, stride, bias, m
 
 
 def test_convolution_with_a_gradient_or_large_maps_is_torchs():
+    oneDNN()
     conv, x = adapt(nn.Sequential(nn.Conv2d(5, 6, 3).requires_grad_(False)))[0], torch.randn(2, 5, 7, 9)
     given = lambda x: x.contiguous(memory_format=LAST)
     assert not conv._as_product(given(x).requires_grad_())
