@@ -39,7 +39,9 @@ def main() -> None:
 
     run = load_run(args.run)
     labels = cycled(args.n, len(run.classes))
-    *_, last = draw(run.denoiser, run.shape, run.schedule, run.config.sample, range(10_000, 10_000 + args.n), labels)
+    *_, last = draw(
+        run.denoiser, run.shape, run.schedule, run.config.sample, range(10_000, 10_000 + args.n), {"label": labels}
+    )
     x = last.x.clamp(-1, 1)
     named = torch.from_numpy(classifier.predict(x.flatten(1).numpy()))
     near, usual = nearest(x, real), nearest(held, real)

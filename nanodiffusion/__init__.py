@@ -15,7 +15,7 @@ _WHERE = {
         "gamma_sigmoid given_sigmas given_timesteps karras ldm leading linspace log_linear log_normal log_uniform "
         "logit_normal shifted_flow sigmoid_beta table_density trailing user_sigmas"
     ),
-    "guidance": "autoguide bind cfg loss_guidance null_labels",
+    "guidance": "autoguide bind cfg loss_guidance unconditional",
     "sampler": "STEPS ImageNoise State sample start",
     "nets": "MLP NETS DiT DiTConfig IdealDenoiser MLPConfig UNet UNetConfig build_net net_flops net_size",
     "data": "DATASETS TensorData load_data swiss_roll tree",

@@ -38,7 +38,7 @@ class TrainConfig:
     clip: float = 0.0  # largest gradient norm; 0 = off
     loss: str = "mse"  # mse, l1, huber, smooth_l1
     weight: Component = component("one")  # one, snr, min_snr, edm, sigmoid, p2
-    label_dropout: float = 0.1  # share of labels replaced by the null class
+    cond_dropout: float = 0.1  # share of samples trained without their condition, for guidance
     ema: list[Component] = field(default_factory=lambda: [{"name": "constant", "decay": 0.999}])
     compile: bool = False
     max_bad_steps: int = 10  # consecutive non-finite updates skipped before the run stops
@@ -67,6 +67,8 @@ class Config(TrainConfig):
     precision: str = "fp32"  # of the network's products: fp32, bf16, fp16
     matmul: str = "auto"  # fp32 products: highest, high (TF32 on GPUs), medium; auto = the fastest that is exact enough
     data: Component = component("swiss-roll")
+    codec: str = ""  # what decodes the data's latents: a folder, file or hub name; "" = what the data says, else pixels
+    text: str = ""  # what turns prompts into the net's condition; "" = what the data says
     validation: float = 0.0  # share of the training set held out where the data has no test split; 0 = none
     net: Component = component("mlp")
     prediction: str = "eps"  # eps, x0, x0_linear, v, flow, edm
@@ -90,7 +92,7 @@ class Config(TrainConfig):
 # Keys that may differ between a checkpoint and the run that resumes it.
 RESUMABLE = frozenset(
     "steps name out device compile time_limit log_every validate_every sample_every checkpoint_every keep patience "
-    "trackers sample overwrite".split()
+    "trackers sample overwrite codec text".split()
 )
 
 
@@ -201,7 +203,7 @@ def validate(config: Config) -> None:
             raise UserError("must be a number from 0 up", key=key, found=getattr(config, key))
     if not 0 < config.sigma_data < math.inf:
         raise UserError("must be positive", key="sigma_data", found=config.sigma_data)
-    for key in ("label_dropout", "validation"):
+    for key in ("cond_dropout", "validation"):
         if not 0 <= getattr(config, key) < 1:
             raise UserError("must be a share in [0, 1)", key=key, found=getattr(config, key))
     for key in ("data", "net"):

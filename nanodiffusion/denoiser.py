@@ -96,6 +96,11 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+def _mean_within(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the channels and the pixels of mask (b 1 h w), 0 where there are none: x (b c h w) -> (b)."""
+    return (x * mask).flatten(1).sum(1) / (mask.flatten(1).sum(1) * x.shape[1]).clamp(min=1)
+
+
 def expand(s: Tensor, x: Tensor) -> Tensor:
     """(b) -> (b 1 ... 1) with the rank of x."""
     return s.reshape(-1, *[1] * (x.ndim - 1))
@@ -166,16 +171,19 @@ class Denoiser(nn.Module):
         cond: Cond | None = None,
         distance: str = "mse",
         weight: Callable[[Tensor, Tensor], Tensor] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Distance between F and its target per sample: x0, eps (b ...), sigma (b) -> (b).
 
         With weight None (1) it is each paper's own simple loss. weight(sigma, c_out) (b) multiplies it; see `WEIGHTS`.
+        mask (b 1 h w) in [0, 1]: which pixels count.
         """
         s = expand(sigma, x0)
         c_skip, c_out, c_in = self.prediction.coefficients(s)
         out = self._net(c_in * (x0 + s * eps), self.clock(sigma), cond or {})
         target = ((1 - c_skip) / c_out) * x0 - (c_skip * s / c_out) * eps
-        per_sample = lookup(DISTANCES, distance, "loss")(out, target).flatten(1).mean(1)
+        each = lookup(DISTANCES, distance, "loss")(out, target)
+        per_sample = each.flatten(1).mean(1) if mask is None else _mean_within(each, mask)
         return per_sample if weight is None else per_sample * weight(sigma, c_out.flatten())
 
 

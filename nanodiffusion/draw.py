@@ -1,6 +1,6 @@
-"""Pictures from a denoiser: seeds and labels -> noise, ladder, guidance, sampler states."""
+"""Pictures from a denoiser: seeds and conditions -> noise, ladder, guidance, sampler states."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from nanodiffusion.config import SampleConfig, make
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.errors import UserError
-from nanodiffusion.guidance import Bound, bind, cfg, null_labels
+from nanodiffusion.guidance import Bound, bind, cfg, unconditional
 from nanodiffusion.noise import LADDERS, Schedule
 from nanodiffusion.sampler import STEPS, ImageNoise, State, Step, sample, start
 
@@ -32,30 +32,30 @@ def check_sampling(denoiser: Denoiser, config: SampleConfig, schedule: Schedule)
         raise UserError("must be at least 1", key="sample.n", found=config.n)
     if len(config.guidance_interval) not in (0, 2):
         raise UserError("an interval has two ends", key="sample.guidance_interval", found=config.guidance_interval)
-    null = getattr(denoiser.net, "null_label", None)
-    guided(denoiser, None if null is None else torch.zeros(0, dtype=torch.int64), config)
+    guided(denoiser, {name: torch.zeros(0, dtype=torch.int64) for name in getattr(denoiser.net, "takes", ())}, config)
 
 
-def guided(denoiser: Denoiser, labels: Tensor | None, config: SampleConfig) -> Bound:
-    """The denoiser bound to labels (b) under the config's classifier-free guidance."""
-    null = getattr(denoiser.net, "null_label", None)
-    if null is None:
-        if labels is not None:
-            raise UserError("this model knows no classes", key="class", fix="leave class out")
-        if config.guidance != 1:
-            raise UserError("guidance needs a class-conditional model", key="guidance", found=config.guidance)
-        return bind(denoiser)
-    if labels is None:
-        raise UserError(
-            "this model is class-conditional", key="class", expected=f"0 to {null} ({null} is the null class)"
-        )
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= null:
-        raise UserError(
-            "no such class", key="class", expected=f"0 to {null} ({null} is the null class)", found=labels.max().item()
-        )
-    cond = {"label": labels}
+CALLED = {"label": "class", "pooled": "text", "concat": "known"}  # conditions as a user asks for them
+
+
+def guided(denoiser: Denoiser, cond: Mapping[str, Tensor] | None, config: SampleConfig) -> Bound:
+    """The denoiser bound to its conditions (each (b ...)) under the config's classifier-free guidance."""
+    takes, null = getattr(denoiser.net, "takes", ()), getattr(denoiser.net, "null_label", None)
+    cond = dict(cond or {})
+    if odd := [CALLED.get(name, name) for name in cond if name not in takes]:
+        raise UserError(f"this model knows no {odd[0]}", key=odd[0], fix=f"leave {odd[0]} out")
+    if not takes and config.guidance != 1:
+        raise UserError("guidance needs a class- or text-conditional model", key="guidance", found=config.guidance)
+    classes = f"0 to {null} ({null} is the null class)"
+    if missing := [name for name in takes if name not in cond]:
+        called = CALLED.get(missing[0], missing[0])
+        expected = classes if missing[0] == "label" else None
+        raise UserError(f"this model is {called}-conditional", key=called, expected=expected)
+    if len(labels := cond.get("label", ())) and not 0 <= int(labels.min()) <= int(labels.max()) <= (null or 0):
+        raise UserError("no such class", key="class", expected=classes, found=labels.max().item())
     lo, hi = config.guidance_interval or (0.0, float("inf"))
-    return cfg(denoiser, cond, null_labels(cond, null), config.guidance, lo, hi, config.guidance_rescale)
+    nothing = unconditional(cond, null)
+    return cfg(denoiser, cond, nothing, config.guidance, lo, hi, config.guidance_rescale) if takes else bind(denoiser)
 
 
 def draw(
@@ -64,19 +64,20 @@ def draw(
     schedule: Schedule,
     config: SampleConfig,
     seeds: Sequence[int],
-    labels: Tensor | None = None,
+    cond: Mapping[str, Tensor] | None = None,
     x0: Tensor | None = None,
     strength: float = 1.0,
 ) -> Iterator[State]:
-    """Sampler states of one batch; image i depends on seeds[i] (and labels[i]) alone, not on the batch or the device.
+    """Sampler states of one batch; image i depends on seeds[i] and its condition alone, not on the batch or the device.
 
-    shape: of one sample. labels (b). x0 (b *shape) with strength starts from a picture (image to image).
+    shape: of one sample. cond: {"label": (b)}, {"pooled": (b d)}, ... as the net takes them. x0 (b *shape) with strength
+    starts from a picture (image to image).
     """
     device = next(denoiser.parameters()).device
     noise = ImageNoise(seeds)
     x, ladder = start(make_ladder(config, schedule), noise.draw(*shape), None if x0 is None else x0.cpu(), strength)
     denoiser.eval()
-    D = guided(denoiser, None if labels is None else labels.to(device), config)
+    D = guided(denoiser, {name: value.to(device) for name, value in (cond or {}).items()}, config)
     return sample(D, x.to(device), ladder, make_step(config), noise)
 
 

@@ -5,7 +5,8 @@ A bound denoiser is (x (b ...), sigma (b)) -> x0 (b ...), what a sampler takes.
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ def zeros_like_cond(cond: dict[str, Any]) -> dict[str, Any]:
     return tree_map(torch.zeros_like, cond)
 
 
-def null_labels(cond: dict[str, Any], null_label: int) -> dict[str, Any]:
-    """The unconditional input of class-conditional models: every label the null class."""
-    return {**cond, "label": torch.full_like(cond["label"], null_label)}
+def unconditional(cond: Mapping[str, Any], null_label: int | None = None) -> dict[str, Any]:
+    """What a model of ours is trained to see instead of a condition: the null class, no text (zeros), all else as it is."""
+    nothing = {"label": partial(torch.full_like, fill_value=null_label or 0), "pooled": torch.zeros_like}
+    return {key: nothing[key](value) if key in nothing else value for key, value in cond.items()}
 
 
 def cfg(

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from nanodiffusion.checkpoint import (
     save_tensors,
     unpack_state,
 )
+from nanodiffusion.codec import PixelCodec
 from nanodiffusion.config import RESUMABLE, Config, make, read_config
 from nanodiffusion.data import TensorData, load_data, split
 from nanodiffusion.denoiser import Denoiser, edm
@@ -96,6 +98,21 @@ def make_denoiser(config: Config) -> Denoiser:
     return Denoiser(net, prediction, config.clock, make_schedule(config), PRECISIONS[config.precision])
 
 
+def open_codec(where: str, shape: tuple[int, ...], device: str | torch.device = "cpu") -> Any:
+    """The codec at `where` (see `pretrained.load_codec`), or the one of plain pixels, checked against samples of `shape`."""
+    if not where:
+        return PixelCodec(shape[0])
+    from nanodiffusion.pretrained import load_codec  # slow to import, and few runs need it
+
+    codec = load_codec(where, device=device)
+    if codec.latent_channels != shape[0]:
+        expected = f"a codec with {shape[0]} latent channels"
+        raise UserError(
+            "this codec does not fit the samples", file=where, expected=expected, found=codec.latent_channels
+        )
+    return codec.eval()
+
+
 def make_data(config: Config) -> tuple[TensorData, TensorData | None]:
     """Training set and validation set: the data's own test split, or a share of the training set, or None."""
     whole = load_data(**config.data)
@@ -122,6 +139,11 @@ class Run:
     def schedule(self) -> Schedule:
         """The schedule the run was trained with."""
         return make_schedule(self.config)
+
+    @cached_property
+    def codec(self) -> Any:
+        """What decodes its samples; read when it is first used."""
+        return open_codec(self.config.codec, self.shape, next(self.denoiser.parameters()).device)
 
 
 def find_checkpoint(path: str | Path, best: bool = False) -> Checkpoint:
@@ -169,7 +191,7 @@ class Validator:
         n = min(len(data), VALIDATION_SAMPLES)
         self.trainer = trainer
         self.x0, self.cond = data.to(device).batch(torch.randperm(len(data), generator=g, device=device)[:n])
-        self.cond = self.cond if trainer.null_label is not None else {}
+        self.cond = trainer.conditions(self.cond)
         self.eps = torch.randn(n, *data.shape, generator=g, device=device)
         q = (torch.arange(VALIDATION_LEVELS, device=device) + 0.5) / VALIDATION_LEVELS
         self.levels = torch.quantile(density(2**14, g), q)
@@ -242,7 +264,8 @@ class Runner:
         self.world, self.say = world, say
         self.folder = Path(config.out) / config.name
         data, held_out = make_data(config)
-        self.config = config = fit_net(config, data.shape, len(data.classes))
+        told = {key: getattr(config, key) or getattr(data, key, "") for key in ("codec", "text")}
+        self.config = config = fit_net(replace(config, **told), data.shape, len(data.classes))
         self.data = data
         self.schedule, self.density = make_schedule(config), make_density(config)
         denoiser = make_denoiser(config)
@@ -443,9 +466,9 @@ class Runner:
     def pictures(self, n: int, weights: int | None = 0, first: int = 0) -> Tensor:
         """n samples (n *shape) at seeds first, first + 1, ..., classes in turn; of the average `weights`, None = raw."""
         net = self.trainer.denoiser.net
-        labels = cycled(n, len(self.data.classes)) if self.trainer.null_label is not None else None
+        cond = {"label": cycled(n, len(self.data.classes))} if self.trainer.takes else {}
         states = lambda: draw(
-            self.trainer.denoiser, self.data.shape, self.schedule, self.config.sample, range(first, first + n), labels
+            self.trainer.denoiser, self.data.shape, self.schedule, self.config.sample, range(first, first + n), cond
         )
         if weights is None or not self.trainer.emas:
             *_, last = states()

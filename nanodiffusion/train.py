@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from nanodiffusion.config import TrainConfig, from_dict, make
 from nanodiffusion.data import order
-from nanodiffusion.denoiser import DISTANCES, WEIGHTS, Cond, Denoiser
+from nanodiffusion.denoiser import DISTANCES, WEIGHTS, Cond, Denoiser, expand
 from nanodiffusion.distributed import World
 from nanodiffusion.ema import EMA, PROFILES
 from nanodiffusion.errors import UserError, lookup
+from nanodiffusion.guidance import unconditional
 from nanodiffusion.noise import Density
 
 
@@ -54,8 +55,10 @@ class Objective(nn.Module):
         self.denoiser, self.distance, self.weight = denoiser, distance, weight
 
     def forward(self, x0: Tensor, sigma: Tensor, eps: Tensor, cond: Cond) -> Tensor:
-        """x0, eps (b ...), sigma (b) -> (b)."""
-        return self.denoiser.loss(x0, sigma, eps, cond, self.distance, self.weight)
+        """x0, eps (b ...), sigma (b) -> (b). cond["mask"] (b 1 h w), where the data gives one, is where the loss counts."""
+        mask = cond.get("mask")
+        cond = {name: value for name, value in cond.items() if name != "mask"}
+        return self.denoiser.loss(x0, sigma, eps, cond, self.distance, self.weight, mask)
 
 
 def mix(*numbers: int) -> int:
@@ -156,7 +159,7 @@ class Draw(NamedTuple):
     sigma: Tensor  # (b)
     eps: Tensor  # (b ...)
     u: Tensor  # (b draws)
-    keep: Tensor  # (b) bool, False = the null class
+    keep: Tensor  # (b) bool, False = without its condition
 
 
 class Trainer:
@@ -186,6 +189,7 @@ class Trainer:
         device = self.world.device
         self.denoiser, self.data = denoiser.to(device), data.to(device)
         self.null_label = getattr(denoiser.net, "null_label", None)
+        self.takes: tuple[str, ...] = getattr(denoiser.net, "takes", ())
         self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, config)
         self.scheduler = make_scheduler(self.optimizer, config)
@@ -219,7 +223,7 @@ class Trainer:
             sigma=self.density(b, g),
             eps=torch.randn(b, *self.data.shape, generator=g, device=g.device),
             u=uniform(b, self.data.draws),
-            keep=uniform(b) >= self.config.label_dropout if self.null_label is not None else self._all(b),
+            keep=uniform(b) >= self.config.cond_dropout if self.takes else self._all(b),
         )
         if self.parts == 1:
             return [whole]
@@ -232,9 +236,17 @@ class Trainer:
     def losses(self, draw: Draw) -> Tensor:
         """Weighted loss per sample of a draw: -> (b)."""
         x0, cond = self.data.batch(draw.index, draw.u)
-        if self.null_label is not None:
-            cond = {**cond, "label": torch.where(draw.keep, cond["label"], self.null_label)}
-        return self.objective(x0, draw.sigma, draw.eps, cond)
+        return self.objective(x0, draw.sigma, draw.eps, self._dropped(self.conditions(cond), draw.keep))
+
+    def conditions(self, given: Cond) -> dict[str, Tensor]:
+        """What the net takes of what the data gives, and the mask of the loss where there is one."""
+        if missing := [name for name in self.takes if name not in given]:
+            raise UserError("the net takes what the data lacks", key=missing[0], found=", ".join(given) or "nothing")
+        return {name: value for name, value in given.items() if name in self.takes or name == "mask"}
+
+    def _dropped(self, cond: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+        nothing = unconditional(cond, self.null_label)
+        return {name: torch.where(expand(keep, c), c, nothing[name]) for name, c in cond.items()}
 
     def update(self) -> Step:
         """One optimiser update over the global batch."""

@@ -66,7 +66,7 @@ def test_unknown_keys_and_wrong_types_are_refused_at_each_level(options, said):
         *({key: 0} for key in ("steps", "batch_size", "accumulate", "log_every", "keep", "max_bad_steps")),
         *({key: -1} for key in ("validate_every", "sample_every", "checkpoint_every", "snapshot_every", "patience")),
         *({key: value} for key in ("lr", "clip", "time_limit") for value in (-1.0, math.nan, math.inf)),
-        *({key: value} for key in ("label_dropout", "validation") for value in (-0.1, 1.0, math.nan)),
+        *({key: value} for key in ("cond_dropout", "validation") for value in (-0.1, 1.0, math.nan)),
         {"seed": -1},
         {"seed": 2**63},
         {"sigma_data": 0.0},

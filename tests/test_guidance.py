@@ -101,9 +101,9 @@ def test_bind_fixes_the_conditioning(denoiser):
     close(guidance.bind(denoiser, COND)(X, SIGMA), denoiser(X, SIGMA, COND))
 
 
-def test_null_labels_replace_the_labels_only():
+def test_unconditional_replace_the_labels_only():
     cond = {"label": torch.tensor([3, 1, 2]), "text": normal(0, 3, 2)}
-    null = guidance.null_labels(cond, 10)
+    null = guidance.unconditional(cond, 10)
     assert torch.equal(null["label"], torch.tensor([10, 10, 10])) and null["text"] is cond["text"]
     assert torch.equal(cond["label"], torch.tensor([3, 1, 2]))
 
@@ -119,7 +119,7 @@ def test_zeros_replace_every_tensor_of_a_nested_conditioning():
 def test_cfg_batches_nested_conditioning():
     D = lambda x, s, cond: x * cond["hints"][0][:, None, None] + cond["label"][:, None, None]
     cond = {"label": torch.arange(4), "hints": (normal(0, 4),)}
-    uncond = guidance.null_labels(cond, 9)
+    uncond = guidance.unconditional(cond, 9)
     want = D(X, SIGMA, uncond) + 3 * (D(X, SIGMA, cond) - D(X, SIGMA, uncond))
     close(guidance.cfg(D, cond, uncond, 3.0)(X, SIGMA), want)
 

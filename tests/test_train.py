@@ -34,6 +34,7 @@ class Line(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([[0.5, -0.2], [0.1, 0.3]]))
         self.null_label, self.labels, self.dtypes = null_label, [], set()
+        self.takes = () if null_label is None else ("label",)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self.labels.append(label)
@@ -296,10 +297,10 @@ def test_accumulation_equals_one_batch():
     assert_close(weights(whole), weights(cut), rtol=0, atol=1e-6)
 
 
-def test_label_dropout_replaces_its_share_by_the_null_class():
+def test_cond_dropout_replaces_its_share_by_the_null_class():
     data = two_moons(400)
     net = Line(null_label=2)
-    trainer = make_trainer(net, data, batch_size=400, steps=25, label_dropout=0.2)
+    trainer = make_trainer(net, data, batch_size=400, steps=25, cond_dropout=0.2)
     for _ in range(25):
         given = data.labels[trainer.draw()[0].index]
         trainer.update()
@@ -309,9 +310,9 @@ def test_label_dropout_replaces_its_share_by_the_null_class():
     assert abs(share - 0.2) < 4 * math.sqrt(0.2 * 0.8 / 10000)  # four standard deviations of a binomial share
 
 
-def test_without_label_dropout_every_label_stays():
+def test_without_cond_dropout_every_label_stays():
     data, net = two_moons(400), Line(null_label=2)
-    trainer = make_trainer(net, data, batch_size=400, label_dropout=0.0)
+    trainer = make_trainer(net, data, batch_size=400, cond_dropout=0.0)
     (draw,) = trainer.draw()
     trainer.update()
     assert torch.equal(net.labels[-1], data.labels[draw.index])

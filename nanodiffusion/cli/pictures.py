@@ -35,7 +35,7 @@ def batches(
     for i in range(0, len(seeds), batch):
         part = slice(i, i + batch)
         start = None if x0 is None else x0.expand(len(seeds[part]), *x0.shape[1:])
-        own = None if labels is None else labels[part]
+        own = None if labels is None else {"label": labels[part]}
         states = draw(run.denoiser, run.shape, run.schedule, config, seeds[part], own, start, strength)
         yield [s._replace(x=s.x.cpu(), x0=s.x0.cpu()) for s in states]
 

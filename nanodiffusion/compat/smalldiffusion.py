@@ -33,7 +33,7 @@ from nanodiffusion.config import TrainConfig
 from nanodiffusion.denoiser import PREDICTIONS, Denoiser, expand, flow_clock, log_clock
 from nanodiffusion.distributed import pick_device
 from nanodiffusion.errors import UserError
-from nanodiffusion.guidance import cfg, null_labels
+from nanodiffusion.guidance import cfg, unconditional
 from nanodiffusion.nets.dit import normal_
 from nanodiffusion.nets.layers import timestep_embedding, zero_
 from nanodiffusion.nets.unet import conv3
@@ -345,7 +345,7 @@ class ModelMixin:
         twice = sigma if sigma.ndim == 0 else torch.cat([sigma, sigma])
         predict = lambda x, _, c: self.predict_eps(x, twice, cond=c["label"])
         c = {"label": cond}
-        return cfg(predict, c, null_labels(c, null), 1 + cfg_scale)(x, torch.ones(len(x)))
+        return cfg(predict, c, unconditional(c, null), 1 + cfg_scale)(x, torch.ones(len(x)))
 
 
 # -- modifiers of model classes --------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Networks: `net(x, t, **cond) -> F`. They know no sigma, ladder or guidance.
 
-Each has a frozen config of its own and the attributes `config`, `sample_shape` (of one sample) and `null_label`
-(the class that stands for none; None when the net is unconditional). `IdealDenoiser` is no net but a D.
+Each has a frozen config of its own and the attributes `config`, `sample_shape` (of one sample), `takes` (the names of
+its conditions: label, pooled, concat) and `null_label` (the class that stands for none; None when the net knows no
+classes). `IdealDenoiser` is no net but a D.
 """
 
 from collections.abc import Mapping

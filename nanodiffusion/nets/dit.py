@@ -151,6 +151,7 @@ class DiT(nn.Module):
         c = self.config = config
         self.sample_shape = (c.channels_in, *pair(c.in_size))
         self.null_label = c.num_classes or None
+        self.takes = ("label",) if c.num_classes else ()
         self.x_embedder = PatchEmbed(c.channels_in, c.dim, c.patch)
         self.t_embedder = TimeEmbedding(c.dim, c.time_features, c.time_scale)
         self.y_embedder = LabelEmbedding(c.num_classes, c.dim) if c.num_classes else None

@@ -35,6 +35,7 @@ class MLP(nn.Module):
         c = self.config = config
         self.sample_shape = (c.dim,)
         self.null_label = c.num_classes or None
+        self.takes = ("label",) if c.num_classes else ()
         self.y_embedder = LabelEmbedding(c.num_classes, c.label_dim) if c.num_classes else None
         widths = (c.dim + 2 + (c.label_dim if c.num_classes else 0), *c.hidden)
         hidden = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.GELU())]

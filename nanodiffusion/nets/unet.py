@@ -167,6 +167,7 @@ class UNet(nn.Module):
         c = self.config = config
         self.sample_shape = (c.channels_in, *pair(c.in_size))
         self.null_label = c.num_classes or None
+        self.takes = ("label",) if c.num_classes else ()
         self.t_embedder = TimeEmbedding(4 * c.channels, c.time_features, c.time_scale)
         self.y_embedder = LabelEmbedding(c.num_classes, 4 * c.channels) if c.num_classes else None
         self.conv_in = conv3(c.channels_in, c.channels)
