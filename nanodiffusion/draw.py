@@ -51,7 +51,11 @@ def guided(denoiser: Denoiser, cond: Mapping[str, Tensor] | None, config: Sample
         called = CALLED.get(missing[0], missing[0])
         expected = classes if missing[0] == "label" else None
         raise UserError(f"this model is {called}-conditional", key=called, expected=expected)
-    if len(labels := cond.get("label", ())) and not 0 <= int(labels.min()) <= int(labels.max()) <= (null or 0):
+    if (
+        (labels := cond.get("label")) is not None
+        and len(labels)
+        and not 0 <= int(labels.min()) <= int(labels.max()) <= (null or 0)
+    ):
         raise UserError("no such class", key="class", expected=classes, found=labels.max().item())
     lo, hi = config.guidance_interval or (0.0, float("inf"))
     nothing = unconditional(cond, null)
