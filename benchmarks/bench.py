@@ -73,8 +73,21 @@ def benches() -> dict[str, Bench]:
         "swissroll-sample": Bench(points, "runs", note="20 steps of 2,000 points"),
         "unet": fashion("unet"),
         "dit": fashion("dit"),
+        **latent_transformers(),
         "sampler": solvers(),
         **stable_diffusion(),
+    }
+
+
+def latent_transformers() -> dict[str, Bench]:
+    """PixArt (88.7 M) and TLD (101 M) trained, and 36 guided pictures of TLD, beside plain eager fp32 versions."""
+    rows = {"ours fp32": "fp32", "ours bf16": "bf16", "plain": "plain"}
+    sides = lambda name: {"plain": {side: f"latent {name}-{case}" for side, case in rows.items()}}
+    note = "latents of 36 pictures, 15 steps with guidance; no decoding"
+    return {
+        "pixart": Bench(sides("pixart"), "images", note="16 x 4 x 4 latents, batch 256"),
+        "tld": Bench(sides("tld"), "images", note="4 x 32 x 32 latents, batch 8"),
+        "tld-36": Bench(sides("tld-36"), "runs", note=note),
     }
 
 

@@ -58,6 +58,8 @@ def cases(side: str) -> dict[str, Callable[[str], Case]]:
     """The cases of a module of this package; only that one is imported."""
     if side == "sd":
         from benchmarks.sd import CASES
+    elif side == "latent":
+        from benchmarks.latent import CASES
     elif side == "ours":
         from benchmarks.ours import CASES
     else:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import bench, sd
+from benchmarks import bench, latent, sd
+from nanodiffusion.nets import build_net, net_size
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +49,31 @@ def test_every_side_is_a_case():
 def test_the_gate_measures_rounding(gate):
     errors = sd.accuracy(gate, tiny=True)
     assert all(0 < e < (1e-5 if side.endswith("fp32") else 0.1) for side, e in errors.items())
+
+
+@pytest.mark.parametrize("name", ["pixart", "tld"])
+def test_the_plain_latent_transformers_have_the_size_of_ours(name):
+    net = {"pixart": latent.PIXART, "tld": latent.TLD}[name]
+    with torch.device("meta"):
+        ours, plain = net_size(build_net(**net)), net_size(latent.PLAIN[name]())
+    assert abs(ours / plain - 1) < 0.002  # the null class and the fixed positions
+
+
+@pytest.mark.parametrize("name", ["pixart", "tld"])
+def test_both_sides_train_a_latent_transformer(name):
+    net = latent.TINY[name]
+    sides = [latent.ours_train("cpu", net, 8, "fp32"), latent.ours_train("cpu", net, 8, "bf16")]
+    for case in [*sides, latent.plain_train("cpu", net, 8)]:
+        losses = [case.run() for _ in range(20)]
+        assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_both_sides_draw_guided_latents():
+    net = latent.TINY["tld"]
+    for case in (latent.ours_sample("cpu", "fp32", 2, 3, net), latent.plain_sample("cpu", 2, 3, net)):
+        case.run()
+
+
+def test_every_latent_side_is_a_case():
+    named = [c for b in bench.latent_transformers().values() for group in b.groups.values() for c in group.values()]
+    assert all(case.split()[0] == "latent" and case.split()[1] in latent.CASES for case in named)
