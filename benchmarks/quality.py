@@ -78,8 +78,9 @@ def train_peer(minutes: float, batch: int) -> tuple[dict[str, Tensor], int]:
 
 def measure(side: str, minutes: float, overrides: list[str]) -> dict:
     """Train one side, draw 2,000 samples, and give distances, updates and times."""
-    from benchmarks.frechet import accuracy, frechet, load_classifier, statistics
+    from benchmarks.frechet import accuracy, load_classifier, statistics
     from nanodiffusion.data import fashion_mnist
+    from nanodiffusion.evaluate import frechet
     from nanodiffusion.show import grid, save_png
 
     start = time.perf_counter()

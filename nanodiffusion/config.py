@@ -55,6 +55,7 @@ class SampleConfig:
     guidance_rescale: float = 0.0
     guidance_interval: list[float] = field(default_factory=list)  # [low sigma, high sigma]; empty = everywhere
     n: int = 64  # pictures of a grid
+    prompts: list[str] = field(default_factory=list)  # of a run's grids, for nets that take text; empty = the data's first
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class Config(TrainConfig):
     out: str = "runs"  # the run lives in out/name
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: str = "fp32"  # of the network's products: fp32, bf16, fp16
+    task: Component = component("denoise")  # denoise, autoencode
+    init_from: str = ""  # weights to start from: a run's folder, a checkpoint, a .safetensors; "" = fresh ones
+    init_weights: str = "ema-0"  # which of a run's: an average, or model
     matmul: str = "auto"  # fp32 products: highest, high (TF32 on GPUs), medium; auto = the fastest that is exact enough
     data: Component = component("swiss-roll")
     codec: str = ""  # what decodes the data's latents: a folder, file or hub name; "" = what the data says, else pixels
@@ -206,7 +210,7 @@ def validate(config: Config) -> None:
     for key in ("cond_dropout", "validation"):
         if not 0 <= getattr(config, key) < 1:
             raise UserError("must be a share in [0, 1)", key=key, found=getattr(config, key))
-    for key in ("data", "net"):
+    for key in ("data", "net", "task"):
         if not isinstance(getattr(config, key).get("name"), str):
             raise UserError("a component needs a name", key=f"{key}.name", fix=f"{key}.name=...")
     if "split" in config.data:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanodiffusion.nets.autoencoder import PixelAttention, ResBlock
-from nanodiffusion.nets.layers import Attention
+from nanodiffusion.nets.layers import MultiHead
 from nanodiffusion.nets.sd_layers import CrossAttention, ResnetBlock, TransformerBlock
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -108,7 +108,7 @@ def adapt(net: Net) -> Net:
     return net
 
 
-ATTENTION = (Attention, CrossAttention, PixelAttention)  # those whose tokens see all others
+ATTENTION = (MultiHead, CrossAttention, PixelAttention)  # those whose tokens see all others
 MAX_SCORES = 2**26  # numbers of an attention matrix kept for the gradient, 256 MiB in fp32; beyond, the fused kernel
 SCORES = 2**21  # numbers of it at work where there is none, 8 MiB: they stay in the cache
 LARGE = 64.0  # 2^64 and 2^-64 are far from the ends of float32 and bfloat16

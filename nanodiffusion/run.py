@@ -1,6 +1,7 @@
 """A run: a recipe trained in a folder, resumable at any moment, and read back from nothing but that folder.
 
 out/name/  config.json environment.json data.json metrics.jsonl samples/ samples.png trajectory.gif report.html
+           pictures.safetensors (what its pictures are drawn from), codec/ (of an autoencoder: what `codec=` takes)
            checkpoint/step-00001000/  model, ema-0, ..., optimizer (safetensors), state.json, manifest.json; checkpoint/best
 """
 
@@ -13,8 +14,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from torch import Tensor, nn
 
 from nanodiffusion.checkpoint import (
     Checkpoint,
+    checkpoints,
     latest,
     load_best,
     load_checkpoint,
+    load_tensors,
     load_weights,
     pack_state,
     save_best,
@@ -34,91 +37,89 @@ from nanodiffusion.checkpoint import (
     save_tensors,
     unpack_state,
 )
-from nanodiffusion.codec import PixelCodec
-from nanodiffusion.config import RESUMABLE, Config, make, read_config
-from nanodiffusion.data import TensorData, load_data, split
-from nanodiffusion.denoiser import Denoiser, edm
+from nanodiffusion.config import RESUMABLE, Config, read_config
+from nanodiffusion.data import load_data, split
+from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.distributed import World
-from nanodiffusion.draw import check_sampling, cycled, draw
 from nanodiffusion.ema import save_snapshot
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.fast import adapt
-from nanodiffusion.nets import NETS, build_net, net_flops, net_size
-from nanodiffusion.noise import DENSITIES, SCHEDULES, Density, Schedule
+from nanodiffusion.nets import net_flops, net_size
+from nanodiffusion.noise import Schedule
+from nanodiffusion.objective import (
+    Fixed,
+    check_net,
+    conditions,
+    decoded,
+    fit_net,
+    make_denoiser,
+    make_density,
+    make_schedule,
+    make_task,
+    open_codec,
+)
 from nanodiffusion.show import grid, point_cloud, save_png
 from nanodiffusion.tracking import TRACKERS, Metrics, open_trackers
 from nanodiffusion.train import Draw, Step, Trainer
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+__all__ = [
+    "Run",
+    "Runner",
+    "check_net",
+    "find_checkpoint",
+    "fit_net",
+    "load_run",
+    "make_data",
+    "make_denoiser",
+    "make_density",
+    "make_schedule",
+    "open_codec",
+    "picture",
+]
+
 REASONS = ("", "patience", "time", "signal")  # why a run ends early; of several the last counts
-VALIDATION_SEED, VALIDATION_SAMPLES, VALIDATION_LEVELS = 7, 512, 8
+FIXED = "pictures.safetensors"  # what the run's pictures are drawn from
 
-# -- from a config to objects --------------------------------------------------------------------------------------------
-
-
-def make_schedule(config: Config) -> Schedule:
-    """The schedule a config names."""
-    return make(SCHEDULES, config.schedule, "schedule")()
+# -- data and weights to start from --------------------------------------------------------------------------------------
 
 
-def make_density(config: Config) -> Density:
-    """The training density a config names."""
-    return make(DENSITIES, config.density, "density", schedule=make_schedule(config))()
-
-
-def fit_net(config: Config, shape: tuple[int, ...], classes: int) -> Config:
-    """The config with what the data decides (channels, size, number of classes) filled into its net."""
-    known = {"num_classes": classes}
-    known |= {"dim": shape[0]} if len(shape) == 1 else {"channels_in": shape[0], "in_size": list(shape[1:])}
-    name = config.net.get("name", "")
-    taken = {f.name for f in fields(NETS[name][0])} if name in NETS else set()
-    given = {
-        k: v for k, v in known.items() if k in taken and k not in config.net and not (k == "dim" and name != "mlp")
-    }
-    return replace(config, net={**config.net, **given})
-
-
-def check_net(net: nn.Module, shape: tuple[int, ...]) -> None:
-    """UserError unless a net is made for samples of `shape`."""
-    if tuple(net.sample_shape) != tuple(shape):  # type: ignore[arg-type]
-        raise UserError(
-            "the net does not fit the data",
-            key="net",
-            expected=f"samples of {tuple(shape)}",
-            found=f"a net for {tuple(net.sample_shape)}",  # type: ignore[arg-type]
-            fix="leave the net's own size out, the data sets it; points want net.name=mlp",
-        )
-
-
-def make_denoiser(config: Config) -> Denoiser:
-    """The denoiser of a config whose net is complete, with fresh weights that depend on its seed alone."""
-    torch.manual_seed(config.seed)
-    prediction = edm(config.sigma_data) if config.prediction == "edm" else config.prediction
-    net = build_net(**config.net)
-    return Denoiser(net, prediction, config.clock, make_schedule(config), PRECISIONS[config.precision])
-
-
-def open_codec(where: str, shape: tuple[int, ...], device: str | torch.device = "cpu") -> Any:
-    """The codec at `where` (see `pretrained.load_codec`), or the one of plain pixels, checked against samples of `shape`."""
-    if not where:
-        return PixelCodec(shape[0])
-    from nanodiffusion.pretrained import load_codec  # slow to import, and few runs need it
-
-    codec = load_codec(where, device=device)
-    if codec.latent_channels != shape[0]:
-        expected = f"a codec with {shape[0]} latent channels"
-        raise UserError(
-            "this codec does not fit the samples", file=where, expected=expected, found=codec.latent_channels
-        )
-    return codec.eval()
-
-
-def make_data(config: Config) -> tuple[TensorData, TensorData | None]:
+def make_data(config: Config) -> tuple[Any, Any]:
     """Training set and validation set: the data's own test split, or a share of the training set, or None."""
     whole = load_data(**config.data)
     if config.validation:
         return split(whole, config.validation, config.seed)
     return whole, load_data(**config.data, split="test") if config.validate_every else None
+
+
+def start_from(net: nn.Module, where: str, weights: str = "ema-0") -> list[str]:
+    """Give a net the weights of a run's folder, a checkpoint or a .safetensors, fitted to it; notes on what had to change.
+
+    weights: of a run, an average or "model". UserError: nothing there, no such weights, of another network.
+    """
+    from nanodiffusion.nets.transfer import fit_state
+
+    path = Path(where)
+    if path.is_file():
+        (tensors, meta), source = load_tensors(path), path
+    else:
+        checkpoint = find_checkpoint(path)
+        name = choose_weights(checkpoint, weights)
+        tensors, meta, source = checkpoint.files[name], checkpoint.meta[name], checkpoint.folder
+    try:
+        state, notes = fit_state(net, tensors, _grid(meta))
+    except UserError as e:
+        raise UserError(e.what, **{**e.details, "file": source}) from None
+    load_weights(net, state, source)
+    return notes
+
+
+def _grid(meta: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of tokens of the net that a file's header describes, where it has any."""
+    if "config" not in meta:
+        return None
+    config = read_config(meta["config"])
+    with torch.device("meta"):  # of a size, but of no memory
+        return getattr(make_task(config).net(config).config, "grid", None)
 
 
 # -- a trained run, read back --------------------------------------------------------------------------------------------
@@ -140,10 +141,43 @@ class Run:
         """The schedule the run was trained with."""
         return make_schedule(self.config)
 
+    @property
+    def root(self) -> Path:
+        """The folder of the run, also where one of its checkpoints was read."""
+        return self.folder.parents[1] if self.folder.parent.name == "checkpoint" else self.folder
+
     @cached_property
     def codec(self) -> Any:
         """What decodes its samples; read when it is first used."""
         return open_codec(self.config.codec, self.shape, next(self.denoiser.parameters()).device)
+
+    def images(self, x0: Tensor) -> Tensor:
+        """Samples as images in [-1, 1]: latents (b c h w) decoded -> (b 3 H W), pixels and points (b d) as they are."""
+        return decoded(self.codec, x0)
+
+    @cached_property
+    def _pictured(self) -> tuple[Fixed, list[str]]:
+        path = self.root / FIXED
+        tensors, meta = load_tensors(path) if path.is_file() else ({}, {})
+        return tensors, meta.get("prompts", [])
+
+    @property
+    def fixed(self) -> Fixed:
+        """What the run's own pictures are drawn from, each (k ...): pooled of its prompts; concat, mask and x0 of known parts."""
+        return self._pictured[0]
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts (k) of the run's own pictures, for a net that takes text."""
+        return self._pictured[1]
+
+    def conditions(self, n: int) -> dict[str, Tensor]:
+        """Conditions (n ...) of the run's own pictures: its prompts, known parts or classes, in turn; {} where there are none."""
+        return conditions(self.denoiser.net, self.fixed, n)
+
+    def columns(self, n: int) -> int:
+        """Columns of a grid of n such pictures: one a prompt or a class; 0 = as square as n allows."""
+        return make_task(self.config).columns(len(self.classes), self.fixed, n)
 
 
 def find_checkpoint(path: str | Path, best: bool = False) -> Checkpoint:
@@ -161,66 +195,31 @@ def find_checkpoint(path: str | Path, best: bool = False) -> Checkpoint:
     return found
 
 
-def load_run(path: str | Path, weights: str = "ema-0", device: str | torch.device = "cpu", best: bool = False) -> Run:
-    """Read a run's denoiser back: weights "model" (raw) or "ema-0", "ema-1", ... (averages)."""
-    checkpoint = find_checkpoint(path, best)
+def choose_weights(checkpoint: Checkpoint, weights: str) -> str:
+    """`weights`, or "model" for the first average of a run that has none. UserError: there are no such weights."""
     weights = weights if weights in checkpoint.files or weights != "ema-0" else "model"
     if weights not in checkpoint.files:
         valid = ", ".join(n for n in checkpoint.files if n != "optimizer")
         raise UserError("no such weights in this checkpoint", file=checkpoint.folder, expected=valid, found=weights)
+    return weights
+
+
+def load_run(path: str | Path, weights: str = "ema-0", device: str | torch.device = "cpu", best: bool = False) -> Run:
+    """Read a run's denoiser back: weights "model" (raw) or "ema-0", "ema-1", ... (averages)."""
+    checkpoint = find_checkpoint(path, best)
+    weights = choose_weights(checkpoint, weights)
     meta = checkpoint.meta["model"]
     try:
         config, shape, classes = read_config(meta["config"]), tuple(meta["shape"]), tuple(meta["classes"])
     except KeyError as e:
         raise UserError("this checkpoint carries no run configuration", file=checkpoint.folder, key=str(e)) from None
+    if config.task["name"] != "denoise":
+        fix = f"codec={path}/codec, where latents are encoded or decoded"
+        raise UserError("this run is an autoencoder, which draws nothing by itself", file=path, fix=fix)
     denoiser = make_denoiser(config)
     load_weights(denoiser.net, checkpoint.files[weights], checkpoint.folder)
     adapt(denoiser.to(device).net)
     return Run(denoiser.eval(), config, shape, classes, checkpoint.step, Path(path))
-
-
-# -- validation ----------------------------------------------------------------------------------------------------------
-
-
-class Validator:
-    """Loss on held-out samples at fixed noise and fixed levels: the middles of equally likely parts of the density."""
-
-    def __init__(self, trainer: Trainer, data: TensorData, density: Density) -> None:
-        device = trainer.world.device
-        g = torch.Generator(device).manual_seed(VALIDATION_SEED)
-        n = min(len(data), VALIDATION_SAMPLES)
-        self.trainer = trainer
-        self.x0, self.cond = data.to(device).batch(torch.randperm(len(data), generator=g, device=device)[:n])
-        self.cond = trainer.conditions(self.cond)
-        self.eps = torch.randn(n, *data.shape, generator=g, device=device)
-        q = (torch.arange(VALIDATION_LEVELS, device=device) + 0.5) / VALIDATION_LEVELS
-        self.levels = torch.quantile(density(2**14, g), q)
-
-    @torch.no_grad()
-    def _per_level(self) -> list[float]:
-        self.trainer.denoiser.eval()
-        objective = self.trainer.plain_objective
-        size = max(1, self.trainer.config.batch_size // self.trainer.parts)
-        totals = []
-        for sigma in self.levels:
-            losses = [
-                objective(
-                    x0, sigma.expand(len(x0)), eps, {k: v[i * size : (i + 1) * size] for k, v in self.cond.items()}
-                )
-                for i, (x0, eps) in enumerate(zip(self.x0.split(size), self.eps.split(size)))
-            ]
-            totals.append(torch.cat(losses).mean().item())
-        return totals
-
-    def row(self) -> dict[str, Any]:
-        """val/loss and val/loss_per_sigma of the raw weights, and the same of the first average."""
-        raw = self._per_level()
-        row = {"val/loss": sum(raw) / len(raw), "val/sigma": self.levels.tolist(), "val/loss_per_sigma": raw}
-        if self.trainer.emas:
-            with self.trainer.emas[0].swap(self.trainer.denoiser.net):
-                ema = self._per_level()
-            row |= {"val/ema_loss": sum(ema) / len(ema), "val/ema_loss_per_sigma": ema}
-        return row
 
 
 # -- the run itself ------------------------------------------------------------------------------------------------------
@@ -265,15 +264,22 @@ class Runner:
         self.folder = Path(config.out) / config.name
         data, held_out = make_data(config)
         told = {key: getattr(config, key) or getattr(data, key, "") for key in ("codec", "text")}
-        self.config = config = fit_net(replace(config, **told), data.shape, len(data.classes))
+        self.config = config = fit_net(replace(config, **told), data.shape, len(data.classes), data)
         self.data = data
         self.schedule, self.density = make_schedule(config), make_density(config)
+        self.task = make_task(config)
         denoiser = make_denoiser(config)
         check_net(denoiser.net, data.shape)
-        check_sampling(denoiser, config.sample, self.schedule)
+        self.task.check(denoiser, config)
+        self.notes = self._start_from(denoiser.net)
         adapt(denoiser.to(world.device).net)
         self.trainer = Trainer(denoiser, data, self.density, config, world)
-        self.validator = Validator(self.trainer, held_out, self.density) if held_out and config.validate_every else None
+        self.trainer.conditions(data.batch(torch.zeros(1, dtype=torch.int64))[1])
+        validates = held_out and config.validate_every
+        self.validator = self.task.validator(self.trainer, held_out, self.density) if validates else None
+        self.fixed: Fixed = self.task.fixed(config, self.trainer.takes, held_out or data)
+        self.prompts = self._prompts(held_out or data)
+        self._codec: Any = None  # or why there is none
         self.progress = Progress()
         self.signal = int(signal.SIGTERM)  # what ended a run that ended by "signal"
         self.header = {"config": asdict(config), "shape": list(data.shape), "classes": list(data.classes)}
@@ -281,6 +287,24 @@ class Runner:
         self._resume()
         self.metrics = Metrics(self.folder / "metrics.jsonl", self.trainer.step) if world.first else lambda row: None
         self.trackers = open_trackers(config.trackers, self.folder, asdict(config)) if world.first else []
+
+    # beginnings
+
+    def _start_from(self, net: nn.Module) -> list[str]:
+        """Weights of `init_from`, unless the run goes on from its own."""
+        config = self.config
+        if not config.init_from or (checkpoints(self.folder / "checkpoint") and not config.overwrite):
+            return []
+        notes = [f"weights of {config.init_from}", *start_from(net, config.init_from, config.init_weights)]
+        self.say("\n".join(notes))
+        return notes
+
+    def _prompts(self, data: Any) -> list[str]:
+        """The words behind fixed["pooled"], where they are known."""
+        if "pooled" not in self.fixed:
+            return []
+        captions = [] if getattr(data, "prompts", None) is not None else getattr(data, "captions", [])
+        return list(self.config.sample.prompts or captions[: len(self.fixed["pooled"])])
 
     # folder and resume
 
@@ -294,6 +318,8 @@ class Runner:
                 shutil.rmtree(self.folder)
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             self._describe()
+            if self.fixed:
+                save_tensors(self.folder / FIXED, self.fixed, {"prompts": self.prompts})
         except OSError as e:
             raise UserError("cannot write the run's folder", file=self.folder, found=str(e), fix="out=FOLDER") from None
 
@@ -311,6 +337,7 @@ class Runner:
                 "threads": torch.get_num_threads(),
                 "parameters": net_size(net),
                 "flops": net_flops(net),
+                "init": self.notes or self._noted(),
             },
             "data.json": {
                 "name": self.config.data["name"],
@@ -327,8 +354,14 @@ class Runner:
             temporary.write_text(json.dumps(content, indent=1))
             os.replace(temporary, self.folder / name)
 
+    def _noted(self) -> list[str]:
+        """What environment.json said of the weights that the run started from, before it was stopped."""
+        known = self.folder / "environment.json"
+        return read_json(known).get("init", []) if known.exists() else []
+
     def _check_same(self, old: dict[str, Any]) -> None:
         new = json.loads(json.dumps(asdict(self.config)))
+        old = json.loads(json.dumps(asdict(Config()))) | old  # a key that is younger than the run had its default
         changed = [k for k in new if k not in RESUMABLE and old.get(k) != new[k]]
         if changed:
             raise UserError(
@@ -394,6 +427,7 @@ class Runner:
         if saved != trainer.step or not (self.folder / "checkpoint").exists():
             self._tick()
             self.save()
+        self._publish()
         return reason or "done"
 
     def _due(self, every: int) -> bool:
@@ -449,8 +483,9 @@ class Runner:
     def record(self, row: dict[str, Any]) -> None:
         """A row to metrics.jsonl and to every tracker."""
         if self.world.first:
-            for log in (self.metrics, *self.trackers):
-                log(row)
+            self.metrics(row)
+            for tracker in self.trackers:
+                tracker.log(row)
 
     def _validate(self) -> str:
         assert self.validator is not None
@@ -464,27 +499,62 @@ class Runner:
         return "patience" if self.config.patience and p.waited >= self.config.patience else ""
 
     def pictures(self, n: int, weights: int | None = 0, first: int = 0) -> Tensor:
-        """n samples (n *shape) at seeds first, first + 1, ..., classes in turn; of the average `weights`, None = raw."""
-        net = self.trainer.denoiser.net
-        cond = {"label": cycled(n, len(self.data.classes))} if self.trainer.takes else {}
-        states = lambda: draw(
-            self.trainer.denoiser, self.data.shape, self.schedule, self.config.sample, range(first, first + n), cond
-        )
+        """n samples (n *shape) at seeds first, first + 1, ..., conditions in turn; of the average `weights`, None = raw."""
+        model, seeds = self.trainer.denoiser, range(first, first + n)
+        drawn = lambda: self.task.pictures(model, self.config, self.data.shape, self.fixed, seeds)
         if weights is None or not self.trainer.emas:
-            *_, last = states()
-        else:
-            with self.trainer.emas[weights].swap(net):
-                *_, last = states()
-        return last.x
+            return drawn()
+        with self.trainer.emas[weights].swap(model.net):
+            return drawn()
+
+    def images(self, x0: Tensor) -> Tensor:
+        """Samples as images in [-1, 1], latents decoded by the run's codec; see `Run.images`."""
+        if self._codec is None:
+            try:
+                self._codec = open_codec(self.config.codec, self.data.shape, self.world.device)
+            except UserError as e:
+                self._codec = e
+                self.say(f"no pictures, as their codec cannot be read: {' '.join(str(e).split())}")
+        if isinstance(self._codec, UserError):
+            raise self._codec
+        return decoded(self._codec, x0)
 
     def _sample(self) -> None:
         """Grids of the raw weights and of the first average; a picture that cannot be drawn is never worth a run."""
         for name, weights in (("raw", None), ("ema", 0))[: 1 + bool(self.trainer.emas)]:
-            path = self.folder / f"samples/step-{self.trainer.step:08d}-{name}.png"
-            try:
-                save_png(picture(self.pictures(self.config.sample.n, weights), len(self.data.classes)), path)
-            except UserError as e:
+            self.draw(self.folder / f"samples/step-{self.trainer.step:08d}-{name}.png", weights)
+
+    def draw(self, path: Path, weights: int | None = 0) -> None:
+        """The run's grid into a PNG and to the trackers, or a line why not."""
+        if isinstance(self._codec, UserError):
+            return
+        n = self.config.sample.n
+        try:
+            images = self.images(self.pictures(n, weights))
+            save_png(picture(images, self.task.columns(len(self.data.classes), self.fixed, n)), path)
+        except UserError as e:
+            if e is not self._codec:
                 self.say(f"no {path.name}: {' '.join(str(e).split())}")
+            return
+        self.show(path)
+
+    def show(self, path: Path) -> None:
+        """A picture of the run to every tracker."""
+        for tracker in self.trackers:
+            tracker.image(path, self.trainer.step)
+
+    def _publish(self) -> None:
+        """What comes of a run besides checkpoints, by the first average: an autoencoder's codec."""
+        if not self.world.first:
+            return
+        net = self.trainer.denoiser.net
+        with self.trainer.emas[0].swap(net) if self.trainer.emas else nullcontext():
+            self.task.publish(net, self.trainer.data, self.config.seed, self.folder / "codec")
+
+    def close(self, reason: str = "done") -> None:
+        """Tell the trackers that no more will come."""
+        for tracker in self.trackers:
+            tracker.close(reason)
 
     def _snapshot(self) -> None:
         for spec, ema in zip(self.config.ema, self.trainer.emas):
@@ -508,7 +578,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError("this file of the run is damaged", file=path, found=str(e), fix="name=ANOTHER") from None
 
 
-def class_counts(data: TensorData) -> dict[str, int]:
+def class_counts(data: Any) -> dict[str, int]:
     """How many samples each class has."""
     if data.labels is None:
         return {}
@@ -516,8 +586,8 @@ def class_counts(data: TensorData) -> dict[str, int]:
     return dict(zip(data.classes, counts))
 
 
-def picture(x: Tensor, classes: int = 0) -> Any:
-    """A grid of images (n c h w), one column a class where there are any, or a cloud of points (n 2)."""
+def picture(x: Tensor, columns: int = 0) -> Any:
+    """A grid of images (n c h w), as wide as 2 to 20 `columns` or as square as n allows, or a cloud of points (n 2)."""
     if x.ndim == 2:
         return point_cloud(x.cpu())
-    return grid(x.cpu(), columns=classes if 1 < classes <= 20 else None)
+    return grid(x.cpu(), columns=columns if 1 < columns <= 20 else None)

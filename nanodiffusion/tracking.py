@@ -1,4 +1,4 @@
-"""Where numbers go while a run trains: metrics.jsonl always, and any of tensorboard, mlflow, wandb beside it.
+"""Where numbers and pictures go while a run trains: metrics.jsonl always, and any of tensorboard, mlflow, wandb beside it.
 
 A tracker's error is said once and never stops a run.
 """
@@ -11,14 +11,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nanodiffusion.errors import UserError, lookup, need
 
 Row = Mapping[str, Any]
-Log = Callable[[Row], None]
+
+
+class Tracker(Protocol):
+    """Another home of a run's rows and pictures."""
+
+    def log(self, row: Row) -> None:
+        """The scalars of a row, at its "step"."""
+        ...
+
+    def image(self, path: Path, step: int) -> None:
+        """A picture of the run's folder."""
+        ...
+
+    def close(self, reason: str) -> None:
+        """No more will come: why the run ended, "done", "patience", "time" or "signal"."""
+        ...
+
+
+Open = Callable[[Path, dict[str, Any]], Tracker]
 
 
 class Metrics:
@@ -72,82 +89,168 @@ def _scalars(row: Row) -> dict[str, float]:
     return {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
 
 
-def tensorboard(folder: Path, config: dict[str, Any]) -> Log:
-    """Scalars into `folder`/tensorboard."""
-    need("tensorboard", "tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
+def picture_name(path: Path) -> str:
+    """samples/step-00000100-ema.png is a picture of the series samples/ema; any other is one by itself."""
+    kind = path.stem.rpartition("-")[2]
+    return f"samples/{kind}" if path.parent.name == "samples" else path.stem
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
-    writer.add_text("config", json.dumps(config, indent=1))
 
-    def log(row: Row) -> None:
+class TensorBoard:
+    """Scalars and pictures into `folder`/tensorboard."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        need("tensorboard", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer.add_text("config", json.dumps(config, indent=1))
+
+    def log(self, row: Row) -> None:
+        """The scalars of a row."""
         for k, v in _scalars(row).items():
-            writer.add_scalar(k, v, row["step"])
-        writer.flush()
+            self.writer.add_scalar(k, v, row["step"])
+        self.writer.flush()
 
-    return log
+    def image(self, path: Path, step: int) -> None:
+        """A picture."""
+        import numpy as np
+        from PIL import Image
 
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        self.writer.add_image(picture_name(path), pixels, step, dataformats="HWC")
+        self.writer.flush()
 
-def mlflow(folder: Path, config: dict[str, Any]) -> Log:
-    """Metrics to MLFLOW_TRACKING_URI, else to the explicit sqlite store `folder`/mlflow.db."""
-    package = need("mlflow", "mlflow")
-    # A client of our own: mlflow's global run and URI would be the first run's for all of a sweep.
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
-    client = package.MlflowClient(uri)
-    known = client.get_experiment_by_name("nanodiffusion")
-    experiment = known.experiment_id if known else client.create_experiment("nanodiffusion")
-    run = client.create_run(experiment, run_name=config["name"]).info.run_id
-    atexit.register(client.set_terminated, run)
-    entities = need("mlflow.entities", "mlflow")
-    client.log_batch(run, params=[entities.Param(k, str(v)[:500]) for k, v in config.items()])
-
-    def log(row: Row) -> None:
-        now = int(time.time() * 1000)
-        client.log_batch(run, [entities.Metric(k, v, now, row["step"]) for k, v in _scalars(row).items()])
-
-    return log
+    def close(self, reason: str) -> None:
+        """Close the file."""
+        self.writer.close()
 
 
-def wandb(folder: Path, config: dict[str, Any]) -> Log:
-    """A Weights & Biases run; WANDB_MODE=offline works without a network."""
-    wandb = need("wandb", "wandb")
-    run = wandb.init(project="nanodiffusion", name=config["name"], dir=str(folder), config=config, reinit=True)
-    return lambda row: run.log(_scalars(row), step=row["step"])
+STATUS = {"done": "FINISHED", "patience": "FINISHED", "time": "FINISHED", "signal": "KILLED"}
+BATCH = 100  # params that MLflow takes at once
+LONGEST = 500  # letters of one
 
 
-TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Log]] = {
-    "tensorboard": tensorboard,
-    "mlflow": mlflow,
-    "wandb": wandb,
-}
+class MLflow:
+    """A run in the experiment "nanodiffusion" of MLFLOW_TRACKING_URI, else of `out`/mlflow.db, which all runs of `out` share.
 
+    `folder`/mlflow.json says which, so that a run that is resumed goes on there.
+    `mlflow server --backend-store-uri sqlite:///runs/mlflow.db` shows them.
+    """
 
-def _forgiving(name: str, open_log: Callable[[], Log]) -> Log:
-    """A tracker that goes quiet, saying so once, when opening it or logging to it fails."""
-    log: Log | None = None
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        package, self.entities = need("mlflow", "mlflow"), need("mlflow.entities", "mlflow")
+        home = Path(config["out"]).resolve()
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+        # A client of our own: mlflow's global run and URI would be the first run's for all of a sweep.
+        self.client = package.MlflowClient(uri)
+        artifacts = None if "MLFLOW_TRACKING_URI" in os.environ else (home / "mlflow-artifacts").as_uri()
+        self.run = self._resumed(folder / "mlflow.json", uri) or self._new(config, artifacts)
+        (folder / "mlflow.json").write_text(json.dumps({"uri": uri, "run": self.run}))
+        self.client.log_artifact(self.run, str(folder / "config.json"))
+        atexit.register(self.close, "signal")  # of a run that fails: no more comes
 
-    def off(error: Exception) -> None:
-        print(f"tracker {name} failed and is off from here: {type(error).__name__}: {error}", file=sys.stderr)
-
-    def wrapped(row: Row) -> None:
-        nonlocal log
+    def _resumed(self, known: Path, uri: str) -> str | None:
+        """The run that this folder's rows went to before, if it is still there."""
         try:
-            if log is not None:
-                log(row)
-        except Exception as e:  # a tracker is never worth a run
-            log = None
-            off(e)
+            said = json.loads(known.read_text())
+            run = self.client.get_run(said["run"]).info.run_id if said["uri"] == uri else None
+        except Exception:  # no file, rubbish, or a store that knows no such run
+            return None
+        if run:
+            self.client.update_run(run, status="RUNNING")
+        return run
 
-    try:
-        log = open_log()
-    except UserError:
-        raise
-    except Exception as e:  # no login, no network
-        off(e)
-    return wrapped
+    def _new(self, config: dict[str, Any], artifacts: str | None) -> str:
+        known = self.client.get_experiment_by_name("nanodiffusion")
+        experiment = known.experiment_id if known else self.client.create_experiment("nanodiffusion", artifacts)
+        run = self.client.create_run(experiment, run_name=config["name"]).info.run_id
+        params = [self.entities.Param(k, str(v)[:LONGEST]) for k, v in flat(config)]
+        for i in range(0, len(params), BATCH):
+            self.client.log_batch(run, params=params[i : i + BATCH])
+        return run
+
+    def log(self, row: Row) -> None:
+        """The scalars of a row."""
+        now = int(time.time() * 1000)
+        metrics = [self.entities.Metric(k, v, now, row["step"]) for k, v in _scalars(row).items()]
+        self.client.log_batch(self.run, metrics)
+
+    def image(self, path: Path, step: int) -> None:
+        """A picture, as an artifact."""
+        self.client.log_artifact(self.run, str(path), "samples")
+
+    def close(self, reason: str) -> None:
+        """The run's end and its status."""
+        atexit.unregister(self.close)
+        self.client.set_terminated(self.run, STATUS[reason])
 
 
-def open_trackers(names: list[str], folder: Path, config: dict[str, Any]) -> list[Log]:
+def flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """A nested mapping as (a.b.c, value) pairs."""
+    if not isinstance(tree, Mapping) or not tree:
+        return [(prefix, tree)]
+    return [pair for k, v in tree.items() for pair in flat(v, f"{prefix}.{k}" if prefix else str(k))]
+
+
+class WandB:
+    """A Weights & Biases run; WANDB_MODE=offline works without a network."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.package = need("wandb", "wandb")
+        options = {"project": "nanodiffusion", "name": config["name"], "dir": str(folder)}
+        self.run = self.package.init(**options, config=config, reinit=True)
+
+    def log(self, row: Row) -> None:
+        """The scalars of a row."""
+        self.run.log(_scalars(row), step=row["step"])
+
+    def image(self, path: Path, step: int) -> None:
+        """A picture."""
+        self.run.log({picture_name(path): self.package.Image(str(path))}, step=step)
+
+    def close(self, reason: str) -> None:
+        """The run's end."""
+        self.run.finish(exit_code=int(reason == "signal"))
+
+
+TRACKERS: dict[str, Open] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
+
+
+class Forgiving:
+    """A tracker that goes quiet, saying so once, when opening it or anything that it is told fails."""
+
+    def __init__(self, name: str, opener: Open, folder: Path, config: dict[str, Any]) -> None:
+        self.name, self.tracker = name, None
+        self._guarded(lambda: setattr(self, "tracker", opener(folder, config)))
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except UserError:
+            raise
+        except Exception as e:  # no login, no network: a tracker is never worth a run
+            self.tracker = None
+            print(f"tracker {self.name} failed and is off from here: {type(e).__name__}: {e}", file=sys.stderr)
+
+    def log(self, row: Row) -> None:
+        """A row."""
+        if tracker := self.tracker:
+            self._guarded(lambda: tracker.log(row))
+
+    def image(self, path: Path, step: int) -> None:
+        """A picture."""
+        if tracker := self.tracker:
+            self._guarded(lambda: tracker.image(path, step))
+
+    def close(self, reason: str = "done") -> None:
+        """The end; more is not heard."""
+        tracker, self.tracker = self.tracker, None
+        if tracker:
+            self._guarded(lambda: tracker.close(reason))
+
+
+def open_trackers(names: list[str], folder: Path, config: dict[str, Any]) -> list[Forgiving]:
     """The named trackers, each guarded. UserError for an unknown name or a missing package, before training starts."""
     rows = [(n, lookup(TRACKERS, n, "trackers")) for n in names]
-    return [_forgiving(n, partial(row, folder, config)) for n, row in rows]
+    return [Forgiving(n, row, folder, config) for n, row in rows]

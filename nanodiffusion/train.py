@@ -5,8 +5,10 @@ Everything random in step k is a function of (seed, k): one generator draws for 
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -136,15 +138,30 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch
         raise UserError(f"torch's {spec['name']} refuses its options", key="optimizer", found=str(e)) from None
 
 
+def _rehearse(row: Callable[..., Any], config: TrainConfig) -> None:
+    """Two steps of a torch scheduler on an optimiser of its own: some refuse their options only then."""
+    scheduler = row(make_optimizer([nn.Parameter(torch.zeros(1, 1))], config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no step of the optimiser came before
+        for _ in range(2):
+            scheduler.step(*([0.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
+
+
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate schedule by name: one of ours as a factor of the step, or a torch class with its own options."""
     spec = config.lr_schedule
     if spec.get("name") in TORCH_SCHEDULERS:
         row = TORCH_SCHEDULERS[spec["name"]]
+        options = {k: v for k, v in spec.items() if k != "name"}
         try:
-            return row(optimizer, **{k: v for k, v in spec.items() if k != "name"})
-        except (TypeError, ValueError, ZeroDivisionError) as e:
+            _rehearse(partial(row, **options), config)
+            scheduler = row(optimizer, **options)
+        except (TypeError, ValueError, ArithmeticError) as e:
             raise UserError(f"torch's {spec['name']} refuses its options", key="lr_schedule", found=str(e)) from None
+        if (last := getattr(scheduler, "total_steps", config.steps)) < config.steps:
+            expected = f"at least steps={config.steps}"
+            raise UserError("the schedule ends before the run", key="lr_schedule.total_steps", expected=expected, found=last)
+        return scheduler
     factor = make(LR_SCHEDULES, spec, "lr_schedule", steps=config.steps)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: factor(k))
 
@@ -165,7 +182,8 @@ class Draw(NamedTuple):
 class Trainer:
     """Fits a denoiser to data: iterate over it, one `Step` per update. Its `state` is all a resumed run needs.
 
-    density: (n, generator) -> sigma (n), see noise.py. The denoiser is trained where `world.device` is.
+    denoiser: or another module with its `net`, `precision`, `half` and `loss`, and `noise_shape` where its noise has not the
+    shape of a sample. density: (n, generator) -> sigma (n), see noise.py. It is trained where `world.device` is.
     Raises UserError for a batch that does not divide, and after `max_bad_steps` non-finite updates in a row.
     """
 
@@ -188,6 +206,7 @@ class Trainer:
             )
         device = self.world.device
         self.denoiser, self.data = denoiser.to(device), data.to(device)
+        self.noise_shape: tuple[int, ...] = getattr(denoiser, "noise_shape", tuple(data.shape))
         self.null_label = getattr(denoiser.net, "null_label", None)
         self.takes: tuple[str, ...] = getattr(denoiser.net, "takes", ())
         self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
@@ -221,7 +240,7 @@ class Trainer:
         whole = Draw(
             index=order(len(self.data), b, self.config.seed, self.step).to(g.device),
             sigma=self.density(b, g),
-            eps=torch.randn(b, *self.data.shape, generator=g, device=g.device),
+            eps=torch.randn(b, *self.noise_shape, generator=g, device=g.device),
             u=uniform(b, self.data.draws),
             keep=uniform(b) >= self.config.cond_dropout if self.takes else self._all(b),
         )

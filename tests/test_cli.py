@@ -25,7 +25,7 @@ from nanodiffusion.cli.sample import Options
 from nanodiffusion.cli.train import plan
 from nanodiffusion.cli.words import parse_value
 from nanodiffusion.config import Config
-from nanodiffusion.nets import build_net
+from nanodiffusion.objective import make_task
 from nanodiffusion.run import make_density, make_schedule
 
 pytest.importorskip("hydra")
@@ -130,7 +130,7 @@ def test_every_recipe_makes_a_denoiser(name: str):
     ((config, _),) = plan(name, [])
     assert config.name == ("run" if name == "full" else name)
     with torch.device("meta"):  # of a size, but of no memory
-        build_net(**config.net)
+        make_task(config).net(config)
     assert len(make_schedule(config)) > 1
     assert make_density(config)(3, torch.Generator()).shape == (3,)
 

@@ -154,7 +154,7 @@ def test_default_components_are_rows_of_their_tables(key):
 def test_components_are_the_fields_that_say_so():
     hints = typing.get_type_hints(Config)
     components = {k for k, v in hints.items() if v == Component}
-    assert components == {"optimizer", "lr_schedule", "weight", "data", "net", "schedule", "density"}
+    assert components == {"optimizer", "lr_schedule", "weight", "data", "net", "schedule", "density", "task"}
     assert {k for k, v in typing.get_type_hints(SampleConfig).items() if v == Component} == {"sampler", "ladder"}
     assert SampleConfig().sampler["name"] in STEPS and SampleConfig().ladder["name"] in LADDERS
     assert Config().ema[0]["name"] in PROFILES

@@ -20,8 +20,11 @@ SMALL = {
     "mlp": {"hidden": [8, 16], "num_classes": 3},
     "unet": {"in_size": 8, "channels": 32, "multipliers": [1, 2], "blocks": 1, "attention": [8], "num_classes": 3},
     "dit": {"in_size": [4, 6], "channels_in": 3, "dim": 24, "depth": 2, "heads": 2, "num_classes": 3},
+    "pixart": {"in_size": [4, 6], "channels_in": 3, "dim": 24, "depth": 2, "heads": 2, "num_classes": 3},
+    "tld": {"in_size": [4, 6], "channels_in": 3, "dim": 24, "depth": 2, "head_dim": 12, "text_dim": 5},
 }
 nets = pytest.mark.parametrize("name", NETS)
+of_classes = pytest.mark.parametrize("name", [name for name in NETS if name != "tld"])
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +48,9 @@ def small(name: str, **options: object) -> nn.Module:
 def inputs(net: nn.Module, b: int = 3) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(1)
     label = {} if net.null_label is None else {"label": torch.arange(b) % (net.null_label + 1)}
-    return {"x": torch.randn(b, *net.sample_shape, generator=g), "t": torch.linspace(-1, 1, b)} | label
+    x, t = torch.randn(b, *net.sample_shape, generator=g), torch.linspace(-1, 1, b)
+    pooled = {"pooled": torch.randn(b, 5, generator=g)} if "pooled" in net.takes else {}
+    return {"x": x, "t": t} | label | pooled
 
 
 def reason(match: str = "") -> object:
@@ -213,7 +218,7 @@ def test_time_is_embedded_in_float32_whatever_the_nets_precision():
     assert_close(half(t).float(), full(t), rtol=0.05, atol=0.05)
 
 
-@nets
+@of_classes
 def test_the_null_class_is_a_class_of_its_own_and_labels_matter(name):
     net = small(name)
     x, t = inputs(net, 1)["x"].expand(4, *net.sample_shape), torch.zeros(4)
@@ -225,14 +230,14 @@ def test_the_null_class_is_a_class_of_its_own_and_labels_matter(name):
 
 @nets
 def test_time_matters(name):
-    net = small(name, num_classes=0)
-    x = inputs(net, 1)["x"].expand(2, *net.sample_shape)
+    net = small(name)
+    given = {key: value.expand(2, *value.shape[1:]) for key, value in inputs(net, 1).items()}
     with torch.no_grad():
-        early, late = net(x, torch.tensor([-1.0, 1.0]))
+        early, late = net(**given | {"t": torch.tensor([-1.0, 0.7])})
     assert (early - late).abs().max() > 1e-3
 
 
-@nets
+@of_classes
 def test_unconditional_nets_have_no_null_label_and_ignore_labels(name):
     net = small(name, num_classes=0)
     given = inputs(net)
@@ -293,7 +298,7 @@ def test_nets_compile_as_one_graph(name):
 @nets
 def test_a_sample_does_not_depend_on_its_batch(name):
     net, given = small(name).double(), inputs(small(name))
-    given |= {"x": given["x"].double(), "t": given["t"].double()}
+    given = {key: value.double() if value.is_floating_point() else value for key, value in given.items()}
     with torch.no_grad():
         alone = torch.cat([net(**{k: v[i : i + 1] for k, v in given.items()}) for i in range(3)])
         assert_close(net(**given), alone, rtol=0, atol=1e-12)
@@ -405,6 +410,19 @@ def test_a_config_survives_json(name):
         ("dit", {"dim": 30, "heads": 4}, "dim(.|\n)*multiple of 4(.|\n)*30"),
         ("dit", {"in_size": [32, 33]}, "in_size(.|\n)*multiple of 2(.|\n)*33"),
         ("dit", {"in_size": [32, 32, 3]}, "in_size(.|\n)*32, 32, 3"),
+        ("dit", {"norm": "rsm"}, "key norm(.|\n)*did you mean 'rms'"),
+        ("dit", {"ffn": "relu"}, "key ffn(.|\n)*valid: gelu, swiglu"),
+        ("dit", {"positions": "rotary", "dim": 36, "heads": 6}, "dim(.|\n)*multiple of 24(.|\n)*36"),
+        ("pixart", {"in_size": 5}, "in_size(.|\n)*multiple of 2(.|\n)*5"),
+        ("pixart", {"activation": "silo"}, "key activation(.|\n)*did you mean 'silu'"),
+        ("pixart", {"dropout": 1.5}, "key dropout(.|\n)*1.5"),
+        ("pixart", {"heads": 7}, "dim(.|\n)*multiple of 7(.|\n)*768"),
+        ("pixart", {"time_features": 9}, "time_features(.|\n)*9"),
+        ("tld", {"dim": 100}, "dim(.|\n)*multiple of 64(.|\n)*100"),
+        ("tld", {"cross_heads": 5}, "dim(.|\n)*multiple of 5(.|\n)*768"),
+        ("tld", {"head_order": "dhh"}, "head_order(.|\n)*valid: dh, hd"),
+        ("tld", {"in_size": 33}, "in_size(.|\n)*33"),
+        ("tld", {"noise_features": 3}, "noise_features(.|\n)*3"),
         ("unet", {"in_size": 30}, "in_size(.|\n)*multiple of 4(.|\n)*30"),
         ("unet", {"channels": 30, "heads": 4}, "channels(.|\n)*multiple of 4(.|\n)*30"),
         ("unet", {"multipliers": []}, "multipliers"),
@@ -420,15 +438,15 @@ def test_bad_options_are_explained(name, options, message):
 @nets
 def test_bad_inputs_are_explained(name):
     net = small(name)
-    x, t, label = inputs(net).values()
-    with reason("label"):
+    x, t, cond = inputs(net).values()
+    with reason(f"key {net.takes[0]}"):
         net(x, t)
     with reason("key t(.|\n)*expected: \\(3,\\)(.|\n)*found: \\(\\)"):
-        net(x, torch.tensor(0.5), label)
+        net(x, torch.tensor(0.5), cond)
     with reason("expected(.|\n)*found"):
-        net(x[:, 1:] if x.ndim == 2 else x.repeat(1, 2, 1, 1), t, label)
+        net(x[:, 1:] if x.ndim == 2 else x.repeat(1, 2, 1, 1), t, cond)
     with reason("expected(.|\n)*found"):
-        net(x[..., 1:], t, label)
+        net(x[..., 1:], t, cond)
 
 
 # --- the ideal denoiser ----------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
-"""Every notebook runs from its first cell to its last, on a tiny checkpoint and in a kernel of this very interpreter."""
+"""Every notebook runs from its first cell to its last, on something tiny and in a kernel of this very interpreter."""
 
 import ast
 import atexit
 import base64
 import io
 import json
+import math
+import os
 import re
 import shutil
 import sys
@@ -24,6 +26,7 @@ from torch.testing import assert_close
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FAMILIES = ("sd1", pytest.param("sd2", marks=pytest.mark.slow), pytest.param("sdxl", marks=pytest.mark.slow))
+SETTINGS = ("SD_", "TOY_", "SCHEDULES_", "ARCHITECTURE_", "INFERENCE_")  # how the names of variables they read begin
 STEPS, SEED = 7, 1632  # the loss guides the first step of every five: two of seven
 # What a last cell, added here, reads out of the kernel.
 PROBE = """
@@ -36,6 +39,59 @@ facts = {
 }
 print(json.dumps(facts))
 """
+
+
+# The notebooks that need no checkpoint: the environment that makes them small, how many of their cells show pictures, and what
+# a last cell, added here, reads out of the kernel.
+SMALL = {
+    "toy": {"TOY_STEPS": "60", "TOY_POINTS": "200"},
+    "noise_schedules": {"SCHEDULES_SIDE": "64"},
+    "architecture": {"ARCHITECTURE_STEPS": "3"},
+    "inference": {
+        "INFERENCE_TRAIN_STEPS": "4",
+        "INFERENCE_CLASSES": "3",
+        "INFERENCE_ROWS": "1",
+        "INFERENCE_MEASURED": "2",
+        "INFERENCE_STEPS": "10",
+        "INFERENCE_FINE": "4",
+    },
+}
+SHOWN = {"toy": 10, "noise_schedules": 10, "architecture": 7, "inference": 8}
+PROBES = {
+    "toy": """
+import json
+place, spread_of_one = torch.tensor([[0.3, -0.2]]), 0.25
+print(json.dumps({
+    "data": data.tolist(), "D": ideal(place, at(spread_of_one, 1))[0].tolist(), "floor": floor.tolist(),
+    "sigmas": sigmas.tolist(), "loss": loss.tolist(), "excess": excess.tolist(), "ladder": ladder.tolist(),
+    "sigma": as_x["sigma"].tolist(), "flow": as_x["flow"].tolist(), "vp": as_x["vp"].tolist(),
+}))
+""",
+    "noise_schedules": """
+import json
+print(json.dumps({
+    "last": {name: float(s[-1]) for name, s in tables.items()}, "decibel": float(decibel(0.1)), "worst": worst,
+    "shifted": t_shifted.tolist(), "photo": list(x0.shape), "levels": level,
+}))
+""",
+    "architecture": """
+import json
+print(json.dumps({
+    "sizes": {name: net_size(net) for name, net in large.items()}, 
+    "xl": net_flops(large["DiT-XL/2"], {"label": torch.zeros(1, dtype=torch.int64)}),
+    "fields": {name: int((influence(*[layer], 48, is_map) > 0).sum()) for name, (layer, is_map) in layers.items()},
+    "products": products[center].tolist(), "parts": {name: sum(part.values()) for name, part in shares.items()},
+    "small": {name: net_size(net) for name, net in nets.items()},
+}))
+""",
+    "inference": """
+import json
+print(json.dumps({
+    "path": str(path), "shape": list(run.shape), "subjects": subjects, "levels": levels, "seen": len(seen), "known": len(known),
+    "guessed": len(guessed), "first": (seen[0] / levels[0])[0].flatten().tolist(), "versions": len(versions),
+}))
+""",
+}
 
 
 def source(name):
@@ -53,17 +109,26 @@ def kernel(folder):
 
 @cache
 def executed(name, family):
-    """The notebook after its run, the folder that it ran in, and the facts of the probe."""
+    """`stable_diffusion.ipynb` after its run, the folder that it ran in, and the facts of the probe."""
+    return run(name, {"SD_MODEL": str(sd_files.tree(family)), "SD_STEPS": str(STEPS)}, PROBE)
+
+
+@cache
+def small(name):
+    """The same of a notebook that needs no checkpoint."""
+    return run(f"{name}.ipynb", SMALL[name], PROBES[name])
+
+
+def run(name, environment, probe):
     notebook = source(name)
-    notebook.cells.append(nbformat.v4.new_code_cell(PROBE))
+    notebook.cells.append(nbformat.v4.new_code_cell(probe))
     folder = Path(tempfile.mkdtemp(prefix="nb-"))  # short: the sockets' names have a limit of some hundred letters
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = str(sd_files.tree(family))
     with pytest.MonkeyPatch.context() as patch:
-        for key, value in {"SD_MODEL": path, "SD_STEPS": str(STEPS), "OMP_NUM_THREADS": "1"}.items():
+        for key in [key for key in os.environ if key.startswith(SETTINGS)]:
+            patch.delenv(key)
+        for key, value in {**environment, "OMP_NUM_THREADS": "1"}.items():
             patch.setenv(key, value)
-        for key in ("SD_SIZE", "SD_PHOTO", "SD_INVERSION"):
-            patch.delenv(key, raising=False)
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("JUPYTER_PATH", str(folder))
         patch.setenv("IPYTHONDIR", str(folder / "ipython"))
@@ -83,6 +148,22 @@ def media(cell, kind):
 def pixels(data):
     with Image.open(io.BytesIO(base64.b64decode(data))) as image:
         return torch.tensor(image.convert("RGB").getextrema())
+
+
+def check_outputs(notebook, count):
+    """Nothing warned, and every one of so many cells for pictures shows some with something in them."""
+    streams = [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "stream"
+    ]
+    assert not [output.text for output in streams if "Warning" in output.text]
+    shown = [cell for cell in notebook.cells if "picture" in cell.metadata.get("tags", [])]
+    assert len(shown) == count
+    for cell in shown:
+        found = media(cell, "image/png")
+        assert found, cell.source
+        for data in found:
+            low, high = pixels(data).T
+            assert (low < high).any(), cell.source
 
 
 # -- as committed ------------------------------------------------------------------------------------------------------
@@ -108,24 +189,27 @@ def test_the_checkpoint_is_named_in_one_cell():
     assert naming == ['model = os.environ.get("SD_MODEL", "stable-diffusion-v1-5/stable-diffusion-v1-5")']
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_a_notebook_says_first_what_is_known_at_its_end(name):
+    first = source(f"{name}.ipynb").cells[0]
+    assert first.cell_type == "markdown" and "At the end you will know" in " ".join(first.source.split())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_all_settings_of_a_notebook_are_those_that_the_tests_make_small(name):
+    code = "\n".join(cell.source for cell in source(f"{name}.ipynb").cells if cell.cell_type == "code")
+    read = set(re.findall(r'environ.get\("(\w+)"', code))
+    free = {"SCHEDULES_PHOTO", "INFERENCE_RUN", "INFERENCE_GUIDANCE"}
+    assert read - free == set(SMALL[name]) and all(key.startswith(SETTINGS) for key in read)
+
+
 # -- as run ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stable_diffusion_runs_and_shows_its_pictures(family):
     notebook, work, _ = executed("stable_diffusion.ipynb", family)
-    streams = [
-        output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "stream"
-    ]
-    assert not [output.text for output in streams if "Warning" in output.text]
-    shown = [cell for cell in notebook.cells if "picture" in cell.metadata.get("tags", [])]
-    assert len(shown) == 18
-    for cell in shown:
-        found = media(cell, "image/png")
-        assert found, cell.source
-        for data in found:
-            low, high = pixels(data).T
-            assert (low < high).any(), cell.source  # something is in it
+    check_outputs(notebook, 18)
     (film,) = [cell for cell in notebook.cells if "film" in cell.metadata.get("tags", [])]
     (gif,) = media(film, "image/gif")
     with Image.open(io.BytesIO(base64.b64decode(gif))) as frames:
@@ -174,3 +258,78 @@ def test_the_notebook_asserts_what_it_says():
 def _checks(node):
     named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "assert_close"
     return isinstance(node, ast.Assert) or named
+
+
+# -- the four that need no checkpoint ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_notebook_runs_and_shows_its_pictures(name):
+    notebook, _, _ = small(name)
+    check_outputs(notebook, SHOWN[name])
+
+
+def test_the_ideal_denoiser_of_the_toy_is_bayes_rule_and_its_loss_splits_in_two():
+    _, _, facts = small("toy")
+    points, place, sigma = facts["data"], (0.3, -0.2), 0.25
+    weight = [math.exp(-((place[0] - a) ** 2 + (place[1] - b) ** 2) / (2 * sigma**2)) for a, b in points]
+    mean = [sum(w * point[axis] for w, point in zip(weight, points)) / sum(weight) for axis in (0, 1)]
+    assert facts["D"] == pytest.approx(mean, abs=1e-6)
+    assert len(points) == 100 and min(facts["floor"]) >= 0
+    assert facts["floor"][-1] < 0.02  # (root mean square of the data, 0.47, over sigma = 8)^2
+    assert facts["loss"] == pytest.approx([a + b for a, b in zip(facts["floor"], facts["excess"])], abs=0.3)
+
+
+def test_the_toy_samples_the_same_in_the_coordinates_of_three_families():
+    _, _, facts = small("toy")
+    sigma, flow, vp = (torch.tensor(facts[key]) for key in ("sigma", "flow", "vp"))
+    assert sigma.shape == (21, 14, 2) and sigma[0].std() > 5 > sigma[-1].abs().max() * 0.5
+    assert_close(flow, sigma, atol=1e-3, rtol=1e-3)
+    assert_close(vp, sigma, atol=1e-3, rtol=1e-3)
+
+
+def test_the_schedules_end_where_their_papers_say():
+    _, _, facts = small("noise_schedules")
+    betas = {"ddpm": torch.linspace(1e-4, 0.02, 1000), "ldm": torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2}
+    for name, beta in betas.items():
+        left = float((1 - beta.double()).prod())
+        assert facts["last"][name] == pytest.approx(math.sqrt((1 - left) / left), rel=1e-3)
+    assert facts["last"]["log_linear"] == pytest.approx(10) and facts["decibel"] == pytest.approx(20)
+    assert facts["levels"]["gamma_linear"][2] == pytest.approx(1, abs=0.01)  # gamma = 1/2 at half time
+    assert facts["levels"]["flow"][4] == pytest.approx(9, rel=0.01)  # 0.9 / 0.1
+    assert facts["photo"] == [1, 3, 64, 64]
+
+
+def test_a_larger_picture_is_hidden_by_more_noise_as_the_formula_says():
+    _, _, facts = small("noise_schedules")
+    assert facts["worst"] < 0.2  # of a correlation, measured on 8 x 8 places of three channels
+    t = torch.linspace(1, 0, 9, dtype=torch.float64)[1:]
+    shifted = torch.tensor(facts["shifted"], dtype=torch.float64)[1:]
+    assert_close(shifted, 4 * t / (1 + 3 * t), atol=2e-3, rtol=0)  # the table's last time is not quite 1
+
+
+def test_the_nets_have_the_published_sizes():
+    _, _, facts = small("architecture")
+    assert facts["sizes"]["DiT-XL/2"] == pytest.approx(675e6, rel=1e-3)  # Peebles & Xie 2023, table 4
+    assert facts["xl"] / 2e9 == pytest.approx(118.6, abs=0.1)  # multiply-adds, the same table
+    assert facts["sizes"]["TLD (its default)"] == 101_164_352
+    assert facts["parts"] == facts["small"]  # every parameter is in one part
+
+
+def test_receptive_fields_are_those_of_the_kernels():
+    _, _, facts = small("architecture")
+    assert list(facts["fields"].values()) == [1, 9, 25, 256, 256]
+    side = torch.arange(16, dtype=torch.float64)
+    angle = (side - 7)[:, None] * 10000.0 ** -(torch.arange(24, dtype=torch.float64) / 24)
+    along = angle.cos().sum(1)  # sin a sin b + cos a cos b = cos(a - b)
+    assert_close(torch.tensor(facts["products"]), (along[:, None] + along).flatten().float(), atol=1e-3, rtol=0)
+
+
+def test_the_run_behind_the_inference_notebook_is_made_where_there_is_none():
+    _, work, facts = small("inference")
+    assert facts["path"] == "runs/notebook-digits" and (work / facts["path"] / "checkpoint").is_dir()
+    assert facts["shape"] == [1, 8, 8] and facts["subjects"] == ["0", "1", "2"]
+    assert facts["levels"] == sorted(facts["levels"], reverse=True) and facts["levels"][-1] == 0
+    assert facts["seen"] == facts["guessed"] == 11 and facts["versions"] == 6
+    noise = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert_close(torch.tensor(facts["first"]), noise.flatten())

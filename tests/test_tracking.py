@@ -146,8 +146,9 @@ def test_a_tracker_that_does_not_open_is_said_once_and_stops_nothing(tmp_path, m
 
 def test_a_failing_tracker_takes_no_other_with_it(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setitem(tracking.TRACKERS, "good", lambda folder, config: seen.append)
-    monkeypatch.setitem(tracking.TRACKERS, "bad", lambda folder, config: lambda row: 1 / 0)
+    good, bad = SimpleNamespace(log=seen.append), SimpleNamespace(log=lambda row: 1 / 0)
+    monkeypatch.setitem(tracking.TRACKERS, "good", lambda folder, config: good)
+    monkeypatch.setitem(tracking.TRACKERS, "bad", lambda folder, config: bad)
     make_runner(tmp_path, RUN, trackers=["bad", "good"]).run()
     assert [row["step"] for row in seen] == [2, 4, 4, 6, 8, 8]
 

@@ -33,6 +33,13 @@ RUN is a run's folder or one of its checkpoints (runs/x/checkpoint/best). Keys, 
 
   n=64                   how many
   class=all              a number, a name, a list [0,1,2] taken in turn, all, or null (the class that stands for none)
+  class=FILE.yaml        a list of numbers and names, [cat, 3], or how many of each, {cat: 500, dog: 20}; n= goes on in turn
+  text="a cat"           of a run that learnt from texts: one, a list [a cat,a dog], FILE.yaml as above, FILE.txt with one a
+                         line, or null for none
+  negative="blurry"      the text to be led away from, by guidance= above 1
+  encoder=               what turns texts into vectors, if not what the run says: words, or a CLIP's folder or hub name
+  codec=                 what decodes latents, if not what the run says: a VAE's folder or hub name, RUN/codec
+  size=256x384           height x width in pixels, other than those of the training
   seed=0                 image i is drawn from seed + i, alone or in any batch
   batch=64               images at a time; changes the result by rounding only
   weights=ema-0          an average of the weights, or model: the weights themselves
@@ -40,17 +47,56 @@ RUN is a run's folder or one of its checkpoints (runs/x/checkpoint/best). Keys, 
   device=auto            auto, cpu, cuda, cuda:1, mps
   sampler=  steps=  ladder=  guidance=  rescale=  interval=[lo,hi]      as the run's recipe says; options by a dot:
                          sampler.order=3  ladder.rho=5
+  sharpness=0 brightness=0               shifts of the last latent, of 4 channels
   image=FILE strength=0.6                image to image: the last 60 % of the steps, from a picture
+  frames=30 noise=slerp                  so many images on the way from class to class or text to text, and with noise=slerp
+                                         from the noise of seed to that of seed + 1, ...; noise=seed: all from the same
+  panorama=4 toward=right                of a run with data.outpaint: so many tiles, each over half of the last; or left,
+                                         up, down. image= is the first tile
 
 What to write (a grid into the run's folder, if nothing is said):
 
-  grid=FILE.png  strip=FILE.png  gif=FILE.gif  mp4=FILE.mp4     pictures, of the first 400 samples at most
+  grid=FILE.png  strip=FILE.png  gif=FILE.gif  mp4=FILE.mp4     pictures, of the first 400 samples at most. A film is of the
+                                         steps, or of the frames
+  trajectories=FILE.png                  a row for each class or text, from noise to image at 11 levels: x, and x0 below
   out=DIR                                each image as a file, DIR/000000.png
   npz=FILE.npz                           for evaluation: arr_0 uint8 (n h w c) (points: x float32) and labels.
                                          Batches are kept beside it until all are there: a rerun continues, and under
                                          torchrun the processes share the work.
+  latents=FILE.safetensors               or .npz, in the same way: x (n c h w) float32 as it is before decoding, and labels
 
   nanodiffusion sample runs/digits class=3 guidance=2 grid=threes.png
+  nanodiffusion sample runs/cifar10-latent class=classes.yaml guidance=3 out=images
+  nanodiffusion sample runs/tld text="[a red bag,a boot]" frames=40 noise=slerp guidance=5 gif=walk.gif
+"""
+
+EVALUATE = """\
+SAMPLES is an .npz of `nanodiffusion sample npz=`, a folder of images, or a RUN, which then draws them. REFERENCE is what they
+are held against: a data set by name, a folder, an .npz of images or of statistics; of a RUN it is its own training data.
+
+  nanodiffusion sample runs/cifar10 n=50000 npz=samples.npz
+  nanodiffusion evaluate samples.npz reference=cifar10
+  nanodiffusion evaluate runs/digits features=small n=1437 force=true
+  nanodiffusion evaluate runs/digits features=small curve=guidance values=[1,1.5,2,3]
+  nanodiffusion evaluate photos save=photos.npz            statistics, to be a reference later
+
+  features=inception     the published Inception-v3 of 2015, 91 MB, downloaded once; only with these it is called FID.
+                         small: a net trained here on the reference's labels, half a minute; random: one that is not
+                         trained; pixels; or FILE.safetensors of Inception or of a small net
+  resize=clean           how images come to 299 x 299: clean (Pillow's bicubic, clean-fid), tf1 (the original FID),
+                         torch (pytorch-fid). Results of different ways do not compare
+  metrics=[...]          frechet, kernel, precision, recall, density, coverage, accuracy; all that can be had
+  n=  force=false        only the first n; fewer than 2048 images are refused unless force=true
+  split=train            part of a data set by name: train, test
+  size=0                 cut the images of folders to squares of so many pixels; 0 = they are all alike
+  save=FILE.npz          the statistics of the reference; without a reference, of SAMPLES
+  out=FILE.json          the result, with hashes, numbers and versions; by default beside SAMPLES
+  device=auto batch=64
+
+Of a RUN (weights=, seed= and the keys of `sample`: guidance=, steps=, sampler=, ...):
+
+  curve=guidance values=[1,2]        a measure against guidance or steps: JSON and a picture
+  curve=training                     against the checkpoints there are, or values=[steps]
 """
 
 CONVERT = """\
@@ -132,6 +178,57 @@ Of another program's picture (with A1111's `parameters`) the settings are taken 
 """
 
 
+ENCODE = """\
+Training on latents needs no autoencoder: pictures are encoded once and for all, into a folder that `data.name=encoded
+data.path=DIR` reads. SOURCE is a set by name (digits, mnist, fashion-mnist, cifar10), a folder of pictures with captions, or
+webdataset shards: a folder of .tar files, or data/{00000..00012}.tar. Everything is counted first; what cannot be read is
+left out and listed in DIR/faults.txt. A killed call goes on where it was, and under torchrun the processes share the work,
+to the same bytes.
+
+  nanodiffusion encode shards out=latents codec=madebyollin/sdxl-vae-fp16-fix text=openai/clip-vit-large-patch14
+  nanodiffusion encode cifar10 out=latents/train codec=VAE flip=true sample=posterior
+  nanodiffusion encode fashion-mnist out=pixels codec=none text=words:64
+
+  codec=                 an autoencoder's folder, file or name on the hub (RUN/codec too), or none: the pixels themselves
+  text=none              a CLIP's folder or name on the hub; words or words:N, a vector of words that needs no download.
+                         Samples without a caption get zeros; those of a set by name have their class's name.
+  size=256               side of the pictures, cut to their central square; sets by name have their own
+  split=train            of a set by name; out=DIR/train and out=DIR/test are the two halves of DIR
+  n=0                    the first n samples only
+  flip=false             the mirrored pictures too: training then takes either
+  sample=mean            or posterior: a sample of the autoencoder's distribution, drawn from seed=0 and the sample's number
+  quantise=true          a byte per value, 256 levels from -limit to limit; false: dtype=float16 or float32
+  limit=0                0: the largest value there is, so that nothing is cut off
+  batch=16 part=1024     at a time, which changes the result by rounding only; samples per part
+  device=auto precision=auto         auto, cpu, cuda, cuda:1, mps; fp32, bf16, fp16
+"""
+
+
+PREPARE = """\
+SOURCE is one of these; what lies in DIR afterwards is shards of tar (webdataset's layout) and census.json: how many, which
+sizes, captions and classes, and exactly what was left out. A killed call goes on, the same command again.
+
+  nanodiffusion prepare table.parquet out=DIR            a table (.csv .tsv .parquet .json .jsonl) of URLs and captions, fetched
+                                                         by img2dataset, a program with an environment of its own
+  nanodiffusion prepare photos out=DIR                   a captioned folder: x.txt, x.caption or x.json beside x.png;
+                                                         metadata.jsonl or .csv (file_name, text); captions.json; class folders
+  nanodiffusion prepare fashion-mnist out=DIR n=1000     a published set: fashion-mnist, mnist, cifar10, digits
+  nanodiffusion prepare 'DIR/{00000..00012}.tar' census=true     shards or a captioned folder, only counted (out= optional)
+
+  per_shard=10000             pictures in a shard
+  size=0 resize=center_crop   the central square at this size; keep_ratio: the short side. 0: as they are (URLs: 256)
+  encode=                     png, jpg or webp; by default as they are, png where they change (URLs: jpg)
+  threads=0                   that decode ahead; the result does not depend on it (URLs: 64 that fetch, in each process)
+  template="a photo of a {}"  the caption by the class's name
+  format=shards               or folder: DIR/CLASS/000000000.png with its caption in .txt
+  split=train n=0             of a published set; n=0 is all
+
+Of a table: url=COLUMN caption=COLUMN (found by their names otherwise), resize=center_crop, no, border, keep_ratio or
+keep_ratio_largest, processes=1, timeout=10 seconds, retries=1, distributor=multiprocessing, pyspark or ray (many machines),
+img2dataset=PATH where it is not on PATH, dry=true prints its whole command and how to install it.
+"""
+
+
 class Command(NamedTuple):
     """What argparse needs to know."""
 
@@ -145,10 +242,13 @@ COMMANDS = {
     "sample": Command("RUN [key=value ...]", "make pictures with a trained model", SAMPLE),
     "generate": Command("PROMPT ... model=MODEL [key=value ...]", "make pictures with Stable Diffusion", GENERATE),
     "regenerate": Command("FILE.png [key=value ...]", "make a picture again from the settings in it", REGENERATE),
+    "evaluate": Command("SAMPLES [reference=REFERENCE] [key=value ...]", "FID and its kin", EVALUATE),
     "info": Command("RUN | FILE | FOLDER | RECIPE", "what is in a run, a checkpoint, a LoRA, a picture or a recipe"),
     "convert": Command(
         "IN OUT [key=value ...]", "pickles to safetensors; one layout of a checkpoint to another", CONVERT
     ),
+    "encode": Command("SOURCE out=DIR codec=PATH|none [key=value ...]", "pictures and captions to latents", ENCODE),
+    "prepare": Command("SOURCE out=DIR [key=value ...]", "URLs, captioned folders and sets to shards", PREPARE),
     "report": Command("RUN", "write the run's report.html again"),
     "demo": Command("[key=value ...]", "train on handwritten digits for three minutes, sample, report"),
 }
@@ -158,6 +258,8 @@ DRAW_SMALLER = "memory=low, precision=bf16, batch=1, or a smaller width and heig
 SMALLER = {  # when the memory is full
     "train": "a smaller batch_size, accumulate=2, precision=bf16",
     "sample": "a smaller batch=",
+    "evaluate": "a smaller batch=",
+    "encode": "a smaller batch=",
     "generate": DRAW_SMALLER,
     "regenerate": DRAW_SMALLER,
 }
@@ -215,10 +317,16 @@ def dispatch(args: argparse.Namespace) -> int:
         from nanodiffusion.cli.generate import main
     elif args.command == "regenerate":
         from nanodiffusion.cli.regenerate import main
+    elif args.command == "evaluate":
+        from nanodiffusion.cli.evaluate import main
     elif args.command == "info":
         from nanodiffusion.cli.info import main
     elif args.command == "convert":
         from nanodiffusion.cli.convert import main
+    elif args.command == "encode":
+        from nanodiffusion.cli.encode import main
+    elif args.command == "prepare":
+        from nanodiffusion.cli.prepare import main
     elif args.command == "report":
         from nanodiffusion.cli.report import main
     else:

@@ -1,8 +1,10 @@
 """What the commands draw of a trained run: its samples, how they came about, its noise levels, its losses."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,24 +22,21 @@ from nanodiffusion.sampler import State
 BATCH = 256
 FRAMES = 60  # of an animation
 FILMED = 40  # images in an animation
+LARGE = 128  # side, in latent pixels, above which decoding goes by tiles
 
 
-def batches(
+def drawn(
     run: Run,
     config: SampleConfig,
     seeds: Sequence[int],
-    labels: Tensor | None = None,
+    cond: Mapping[str, Tensor] | None = None,
     x0: Tensor | None = None,
     strength: float = 1.0,
-    batch: int = BATCH,
-) -> Iterator[list[State]]:
-    """The states (b ...) of every step, batch after batch, on the CPU; x0 (1 ...) is where image to image starts."""
-    for i in range(0, len(seeds), batch):
-        part = slice(i, i + batch)
-        start = None if x0 is None else x0.expand(len(seeds[part]), *x0.shape[1:])
-        own = None if labels is None else {"label": labels[part]}
-        states = draw(run.denoiser, run.shape, run.schedule, config, seeds[part], own, start, strength)
-        yield [s._replace(x=s.x.cpu(), x0=s.x0.cpu()) for s in states]
+    **options: Any,
+) -> list[State]:
+    """The states (b ...) of every step, on the CPU; options as `draw` has them."""
+    states = draw(run.denoiser, run.shape, run.schedule, config, seeds, cond, x0, strength, **options)
+    return [s._replace(x=s.x.cpu(), x0=s.x0.cpu()) for s in states]
 
 
 def joined(parts: list[list[State]]) -> list[State]:
@@ -48,10 +47,29 @@ def joined(parts: list[list[State]]) -> list[State]:
     ]
 
 
-def sheet(run: Run, states: list[State], labels: Tensor | None, columns: int = 0) -> Image.Image:
+def images(run: Run, x0: Tensor) -> Tensor:
+    """Samples as pictures on the CPU: latents (b c h w) decoded, large ones by tiles; all else as it is."""
+    if run.config.codec:
+        run.codec.tile = LARGE if max(x0.shape[2:]) > LARGE else None
+    return run.images(x0).cpu()
+
+
+def decoded(run: Run, state: State) -> State:
+    """A state whose x0, and whose x / sqrt(1 + sigma^2), as it is shown, are pictures."""
+    if not run.config.codec:
+        return state
+    scale = sqrt(1 + state.sigma_next**2)
+    return state._replace(x=images(run, state.x / scale) * scale, x0=images(run, state.x0))
+
+
+def few(state: State, n: int) -> State:
+    """The state of the first n samples."""
+    return state._replace(x=state.x[:n], x0=state.x0[:n])
+
+
+def sheet(run: Run, x: Tensor, labels: Tensor | None, columns: int = 0) -> Image.Image:
     """The samples: a grid of images, `columns` wide if given, or points over the data they were learnt from."""
-    x = states[-1].x
-    return show.point_cloud(x, labels, points(run)) if len(run.shape) == 1 else picture(x, columns)
+    return show.point_cloud(x, labels, points(run)) if len(run.shape) == 1 else picture(images(run, x), columns)
 
 
 def film(run: Run, states: list[State], columns: int = 0) -> list[Image.Image]:
@@ -59,8 +77,22 @@ def film(run: Run, states: list[State], columns: int = 0) -> list[Image.Image]:
     states = show.evenly(states, FRAMES)
     if len(run.shape) == 1:
         return show.point_frames(states, points(run), unconditional(run))
-    few = [s._replace(x=s.x[:FILMED], x0=s.x0[:FILMED]) for s in states]
-    return show.trajectory_frames(few, columns=columns if 1 < columns <= 20 else None)
+    shown = [decoded(run, few(s, FILMED)) for s in states]
+    return show.trajectory_frames(shown, columns=columns if 1 < columns <= 20 else None)
+
+
+def strip(run: Run, states: list[State], columns: int = 8, rows: int = 4) -> Image.Image:
+    """x above its x0 estimates, a row per sample, at evenly spaced steps; see `show.strip`."""
+    return show.strip([decoded(run, few(s, rows)) for s in show.evenly(states, columns)], columns, rows)
+
+
+def trajectories(run: Run, start: Tensor, states: list[State], levels: int = 11) -> Image.Image:
+    """From noise to image, a row per sample: x at evenly spaced levels, from `start` (b ...), above as many x0 estimates."""
+    first = states[0]._replace(x=start, sigma_next=states[0].sigma)
+    columns = min(levels, len(states))
+    path, estimates = show.evenly([first, *states], columns), show.evenly(states, columns)
+    both = [a._replace(x0=b.x0, sigma=b.sigma) for a, b in zip(path, estimates)]
+    return show.strip([decoded(run, s) for s in both], columns, len(start))
 
 
 def points(run: Run) -> Tensor:
@@ -81,14 +113,18 @@ def film_pace(frames: list[Image.Image]) -> float:
     return min(20.0, max(4.0, len(frames) / 3))
 
 
-def draw_run(run: Run, labels: Tensor | None, say: Callable[[str], None]) -> None:
+def draw_run(run: Run, cond: Mapping[str, Tensor], say: Callable[[str], None]) -> None:
     """samples.png, trajectory.gif, strip.png, schedule.png and loss.png into the run's folder.
 
-    A picture that cannot be drawn (without matplotlib, of data of another form) costs a line, not the run.
+    cond: of the pictures, each (n ...). A picture that cannot be drawn (without matplotlib, of data of another form)
+    costs a line, not the run.
     """
-    config, columns = run.config.sample, len(run.classes)
-    states = joined(list(batches(run, config, range(config.n), labels)))
-    images = len(run.shape) > 1
+    config, columns = run.config.sample, run.columns(run.config.sample.n)
+    labels = cond.get("label")
+    part = lambda i: {name: value[i : i + BATCH] for name, value in cond.items()}
+    seeds = range(config.n)
+    states = joined([drawn(run, config, seeds[i : i + BATCH], part(i)) for i in range(0, config.n, BATCH)])
+    pictured = len(run.shape) > 1
 
     def animate(path: Path) -> Path:
         frames = film(run, states, columns)
@@ -99,9 +135,9 @@ def draw_run(run: Run, labels: Tensor | None, say: Callable[[str], None]) -> Non
         return show.save_png(show.schedule_plot(run.schedule.sigmas, ladder), path)
 
     drawings: dict[str, Callable[[Path], object]] = {
-        "samples.png": lambda path: show.save_png(sheet(run, states, labels, columns), path),
+        "samples.png": lambda path: show.save_png(sheet(run, states[-1].x, labels, columns), path),
         "trajectory.gif": animate,
-        **({"strip.png": lambda path: show.save_png(show.strip(states), path)} if images else {}),
+        **({"strip.png": lambda path: show.save_png(strip(run, states), path)} if pictured else {}),
         "schedule.png": levels,
         "loss.png": lambda path: show.save_png(show.loss_plot(load_metrics(run.folder / "metrics.jsonl")), path),
     }

@@ -15,12 +15,12 @@ from nanodiffusion.cli.pictures import draw_run
 from nanodiffusion.cli.recipes import compose, expand, find_recipe, flow, parse_overrides
 from nanodiffusion.config import Config, read_config
 from nanodiffusion.distributed import world
-from nanodiffusion.draw import cycled
-from nanodiffusion.errors import UserError
+from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.fast import tune
 from nanodiffusion.nets import net_flops, net_size
-from nanodiffusion.report import write_report
-from nanodiffusion.run import Run, Runner, fit_net, load_run, make_data, make_denoiser
+from nanodiffusion.report import load_metrics, write_report
+from nanodiffusion.run import Runner, fit_net, load_run, make_data, make_denoiser
+from nanodiffusion.show import loss_plot, save_png
 from nanodiffusion.train import Step
 
 Say = Callable[[str], None]
@@ -106,9 +106,11 @@ def train(config: Config, command: Sequence[str] = ("nanodiffusion", "train", "R
         else:
             code = fit(runner, say)
             if code:
+                runner.close("signal")
                 return code
         if w.first:
             finish(runner, command, say)
+        runner.close()
         w.barrier()
     return 0
 
@@ -130,11 +132,33 @@ def fit(runner: Runner, say: Say) -> int:
 def finish(runner: Runner, command: Sequence[str], say: Say) -> None:
     """Pictures and the report, drawn from the saved run alone; then where everything is."""
     started = time.perf_counter()
-    run = load_run(runner.folder, device=runner.world.device)
-    draw_run(run, fixed_labels(run), say)
-    write_report(run.folder)
+    lookup(DRAWINGS, runner.config.task["name"], "task")(runner, say)
+    write_report(runner.folder)
     say(f"drew and reported in {_clock(time.perf_counter() - started)}")
-    say(closing(run, command))
+    say(closing(runner, command))
+
+
+def draw_samples(runner: Runner, say: Say) -> None:
+    """A diffusion model's pictures, from what was saved alone."""
+    run = load_run(runner.folder, device=runner.world.device)
+    draw_run(run, run.conditions(run.config.sample.n), say)
+    if "mask" in run.fixed:  # with what was known in its place
+        return runner.draw(run.folder / "samples.png")
+    if (run.folder / "samples.png").exists():
+        runner.show(run.folder / "samples.png")
+
+
+def draw_reconstructions(runner: Runner, say: Say) -> None:
+    """An autoencoder's pictures: images above what comes back of them, and its losses."""
+    runner.draw(runner.folder / "samples.png")
+    try:
+        rows = load_metrics(runner.folder / "metrics.jsonl")
+        save_png(loss_plot(rows, per_sigma=False), runner.folder / "loss.png")
+    except UserError as e:
+        say(f"no loss.png: {' '.join(str(e).split())}")
+
+
+DRAWINGS: dict[str, Callable[[Runner, Say], None]] = {"denoise": draw_samples, "autoencode": draw_reconstructions}
 
 
 def finished(runner: Runner) -> str:
@@ -147,12 +171,6 @@ def finished(runner: Runner) -> str:
     if config.patience and progress.waited >= config.patience:
         return f"no better validation loss for {progress.waited} validations, step {trainer.step}"
     return ""
-
-
-def fixed_labels(run: Run) -> Tensor | None:
-    """The classes in turn, one for each picture of the run's own grid; None where the net knows no classes."""
-    known = getattr(run.denoiser.net, "null_label", None)
-    return None if known is None else cycled(run.config.sample.n, known)
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
@@ -170,16 +188,31 @@ def opening(runner: Runner) -> str:
     )
 
 
-def closing(run: Run, command: Sequence[str]) -> str:
+def closing(runner: Runner, command: Sequence[str]) -> str:
     """Where everything is, and what to try next."""
-    names = ("samples.png", "trajectory.gif", "checkpoint", "metrics.jsonl", "report.html")
-    there = [f"  {run.folder / name}" for name in names if (run.folder / name).exists()]
-    sample = f"nanodiffusion sample {shlex.quote(str(run.folder))}"
-    if getattr(run.denoiser.net, "null_label", None):
-        tries = [f"{sample} class=0 guidance=3 n=16", f"{sample} sampler=ddim steps=5 gif=five-steps.gif"]
-    else:
-        tries = [f"{sample} sampler=ddim steps=5", f"{sample} sampler=euler_ancestral steps=100 gif=long.gif"]
-    return "\n".join([*there, "try next:", *(f"  {t}" for t in [*tries, _longer(run.config, command)])])
+    names = ("samples.png", "trajectory.gif", "codec", "checkpoint", "metrics.jsonl", "report.html")
+    there = [f"  {runner.folder / name}" for name in names if (runner.folder / name).exists()]
+    tries = [*TRIES[runner.config.task["name"]](runner), _longer(runner.config, command)]
+    return "\n".join([*there, "try next:", *(f"  {t}" for t in tries)])
+
+
+def _samplings(runner: Runner) -> list[str]:
+    sample = f"nanodiffusion sample {shlex.quote(str(runner.folder))}"
+    if "pooled" in runner.trainer.takes:
+        return [f"{sample} text='...' guidance=3 n=16", f"{sample} sampler=ddim steps=50"]
+    if runner.trainer.null_label:
+        return [f"{sample} class=0 guidance=3 n=16", f"{sample} sampler=ddim steps=5 gif=five-steps.gif"]
+    return [f"{sample} sampler=ddim steps=5", f"{sample} sampler=euler_ancestral steps=100 gif=long.gif"]
+
+
+def _encodings(runner: Runner) -> list[str]:
+    codec, out = shlex.quote(str(runner.folder / "codec")), shlex.quote(f"data/{runner.config.name}")
+    source = runner.config.data["name"]
+    train = f"nanodiffusion train latent-dit data.path={out}"
+    return [f"nanodiffusion encode {shlex.quote(source)} codec={codec} out={out}", train]
+
+
+TRIES: dict[str, Callable[[Runner], list[str]]] = {"denoise": _samplings, "autoencode": _encodings}
 
 
 def _longer(config: Config, command: Sequence[str]) -> str:
@@ -201,7 +234,7 @@ def facts(config: Config) -> dict[str, Any]:
     found = asdict(config)
     try:
         data, _ = make_data(config)
-        config = fit_net(config, data.shape, len(data.classes))
+        config = fit_net(config, data.shape, len(data.classes), data)
         found["samples"] = f"{len(data):,} of {data.shape}, {len(data.classes)} classes"
     except UserError as e:
         found["samples"] = f"the data is not here ({e.what})"

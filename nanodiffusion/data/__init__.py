@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nanodiffusion.config import make
+from nanodiffusion.data.encoded import EncodedData, dequantise, encoded, latents, quantise
 from nanodiffusion.data.files import SPLITS, array, folder
 from nanodiffusion.data.images import cifar10, digits, fashion_mnist, mnist
 from nanodiffusion.data.tensors import (
@@ -30,23 +31,28 @@ from nanodiffusion.errors import lookup
 
 __all__ = [
     "DATASETS",
+    "EncodedData",
     "TensorData",
     "array",
     "checkerboard",
     "cifar10",
     "circles",
     "datasaurus",
+    "dequantise",
     "digits",
+    "encoded",
     "epoch_order",
     "fashion_mnist",
     "folder",
     "gaussians",
+    "latents",
     "load_data",
     "map_labels",
     "mnist",
     "only_classes",
     "order",
     "pinwheel",
+    "quantise",
     "split",
     "subset",
     "swiss_roll",
@@ -55,7 +61,7 @@ __all__ = [
     "without_labels",
 ]
 
-DATASETS: dict[str, Callable[..., TensorData]] = {
+DATASETS: dict[str, Callable[..., TensorData | EncodedData]] = {
     "swiss-roll": swiss_roll,
     "tree": tree,
     "two-moons": two_moons,
@@ -70,10 +76,12 @@ DATASETS: dict[str, Callable[..., TensorData]] = {
     "cifar10": cifar10,
     "folder": folder,
     "array": array,
+    "encoded": encoded,
+    "latents": latents,
 }
 
 
-def load_data(name: str, split: str = "train", **options: Any) -> TensorData:
+def load_data(name: str, split: str = "train", **options: Any) -> Any:
     """The data set `name` of DATASETS, its "train" or "test" split; UserError on an unknown name or a wrong option.
 
     A toy set is its whole population, so every split is the same; another seed gives fresh points.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -70,6 +70,11 @@ class TensorData:
         """The same set with its tensors on `device`."""
         labels = None if self.labels is None else self.labels.to(device)
         return replace(self, x=self.x.to(device), labels=labels)
+
+    def take(self, index: Tensor) -> "TensorData":
+        """The samples `index` (k), in that order, copied."""
+        index = index.to(self.x.device)
+        return replace(self, x=self.x[index], labels=None if self.labels is None else self.labels[index])
 
     def _augment(self, x: Tensor, u: Tensor) -> Tensor:
         """x (b c h w) with pixel (i, j) taken from (i + di, ±j + dj), where d = floor(u (2p + 1)) - p."""
@@ -149,6 +154,18 @@ def _check_labels(labels: Tensor, n: int, classes: tuple[str, ...]) -> None:
         )
 
 
+class Rows(Protocol):
+    """What can be cut: `take` gives the samples (k) of some numbers, in that order; labels (n) where there are any."""
+
+    @property
+    def labels(self) -> Tensor | None: ...
+    def __len__(self) -> int: ...
+    def take(self, index: Tensor) -> Self: ...
+
+
+R = TypeVar("R", bound=Rows)
+
+
 def at_least(value: int, least: int, key: str) -> int:
     """`value`, or a UserError when it is below `least`."""
     if value < least:
@@ -159,7 +176,7 @@ def at_least(value: int, least: int, key: str) -> int:
 # ---- tools: each returns a new set and leaves the old one as it is
 
 
-def subset(data: TensorData, index: Tensor | np.ndarray | Sequence[int] | slice) -> TensorData:
+def subset(data: R, index: Tensor | np.ndarray | Sequence[int] | slice) -> R:
     """The samples `index` (k), in that order; a slice works too. UserError when one does not exist."""
     chosen = torch.arange(len(data))[index] if isinstance(index, slice) else torch.as_tensor(index).long()
     if len(chosen) and not bool(_within(chosen, len(data)).all()):
@@ -169,11 +186,10 @@ def subset(data: TensorData, index: Tensor | np.ndarray | Sequence[int] | slice)
             expected=f"0 to {len(data) - 1}",
             found=f"{int(chosen.min())} to {int(chosen.max())}",
         )
-    chosen = chosen.to(data.x.device)
-    return replace(data, x=data.x[chosen], labels=None if data.labels is None else data.labels[chosen])
+    return data.take(chosen)
 
 
-def split(data: TensorData, fraction: float = 0.2, seed: int = 0) -> tuple[TensorData, TensorData]:
+def split(data: R, fraction: float = 0.2, seed: int = 0) -> tuple[R, R]:
     """Two disjoint sets, (the rest, a random `fraction`), both in the old order; stratified where there are labels.
 
     Of every class with k samples, the first round(fraction k) of `epoch_order(k, seed, class)` go to the second set.
@@ -217,7 +233,7 @@ def only_classes(data: TensorData, *kept: int | str) -> TensorData:
     table[torch.tensor(old, device=labels.device)] = torch.arange(len(old), device=labels.device)
     index = (table[labels] >= 0).nonzero().flatten()
     classes = tuple(data.classes[i] for i in old)
-    return replace(data, x=data.x[index], labels=table[labels[index]], classes=classes)
+    return replace(data.take(index), labels=table[labels[index]], classes=classes)
 
 
 def _labels(data: TensorData) -> Tensor:

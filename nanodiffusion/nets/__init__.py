@@ -15,35 +15,47 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanodiffusion.config import check_options
 from nanodiffusion.errors import lookup
-from nanodiffusion.nets.dit import DiT, DiTConfig
+from nanodiffusion.nets.dit import MODERN, DiT, DiTConfig
 from nanodiffusion.nets.ideal import IdealDenoiser
 from nanodiffusion.nets.mlp import MLP, MLPConfig
+from nanodiffusion.nets.pixart import PixArt, PixArtConfig
 from nanodiffusion.nets.sd_unet import SD15, SD21, SDXL, SDUNet, SDUNetConfig
+from nanodiffusion.nets.tld import TLD, TLDConfig
+from nanodiffusion.nets.transfer import fit_state, resized
 from nanodiffusion.nets.unet import UNet, UNetConfig
 
 __all__ = [
     "MLP",
+    "MODERN",
     "NETS",
     "SD15",
     "SD21",
     "SDXL",
+    "TLD",
     "DiT",
     "DiTConfig",
     "IdealDenoiser",
     "MLPConfig",
+    "PixArt",
+    "PixArtConfig",
     "SDUNet",
     "SDUNetConfig",
+    "TLDConfig",
     "UNet",
     "UNetConfig",
     "build_net",
+    "fit_state",
     "net_flops",
     "net_size",
+    "resized",
 ]
 
 NETS: dict[str, tuple[type, type[nn.Module]]] = {
     "mlp": (MLPConfig, MLP),
     "unet": (UNetConfig, UNet),
     "dit": (DiTConfig, DiT),
+    "pixart": (PixArtConfig, PixArt),
+    "tld": (TLDConfig, TLD),
 }
 
 
@@ -62,17 +74,30 @@ def net_size(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
+def blank(net: nn.Module) -> dict[str, Tensor]:
+    """Conditions of one sample (1 ...) of the kinds that a net takes, all zero."""
+    config: Any = net.config
+    text = getattr(config, "text_dim", 0) or getattr(config, "pooled_dim", 0)
+    channels = getattr(config, "concat_channels", 0)
+    known = {
+        "label": lambda: torch.zeros(1, dtype=torch.int64),
+        "pooled": lambda: torch.zeros(1, text),
+        "concat": lambda: torch.zeros(1, channels, *net.sample_shape[1:]),  # type: ignore[index]
+    }
+    takes: Any = getattr(net, "takes", ())
+    return {name: known[name]() for name in takes if name in known}
+
+
 def net_flops(net: nn.Module, cond: Mapping[str, Tensor] | None = None) -> int:
     """FLOPs of one forward pass of one sample, two per multiply-add, of matrix products and convolutions only.
 
     It runs on shapes alone (the `meta` device), so it costs no memory whatever the size. cond (1 ...) is needed
-    only by nets that take more than a label.
+    only by nets that take more than a label, a pooled text and a known part.
     """
     state = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     meta = {key: torch.empty_like(value, device="meta") for key, value in state.items()}
     x = torch.empty(1, *net.sample_shape, device="meta", dtype=next(net.parameters()).dtype)  # type: ignore[misc]
-    label = {} if net.null_label is None else {"label": torch.empty(1, device="meta", dtype=torch.int64)}
-    inputs = {key: value.to("meta") for key, value in (label if cond is None else cond).items()}
+    inputs = {key: value.to("meta") for key, value in (blank(net) if cond is None else cond).items()}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         functional_call(net, meta, (x, torch.empty(1, device="meta")), inputs)
     return counter.get_total_flops()

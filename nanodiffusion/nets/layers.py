@@ -1,13 +1,13 @@
 """What the networks share: embeddings of time and class, attention, and the checks of what goes in."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanodiffusion.errors import UserError
+from nanodiffusion.errors import UserError, lookup
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -68,20 +68,52 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(label)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention: (b n d) -> (b n d). Vaswani et al. 2017, eq. 1; rows of qkv are (3 heads d/heads)."""
+class RMSNorm(nn.RMSNorm):
+    """Features over their root mean square, times a weight: (... d) -> (... d), in x's dtype. Zhang & Sennrich 2019, eq. 4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A weight of another dtype, as under autocast, keeps torch from its fused kernel.
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class MultiHead(nn.Module):
+    """What multi-head attentions share: the product itself, `attend`, which others may replace; Vaswani et al. 2017, eq. 1.
+
+    dropout: the share of its weights that training sets to zero.
+    """
+
+    def __init__(self, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (b heads n k), k, v (b heads m k) -> (b heads n k)."""
+        if self.dropout and self.training:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout)
+        return self.attend(q, k, v)
+
+
+class Attention(MultiHead):
+    """Multi-head self-attention: (b n d) -> (b n d); rows of qkv are (3 heads d/heads)."""
 
     def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
+        super().__init__(heads)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # 3 x (b heads n k)
-        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(self.mix(q, k, v).transpose(1, 2).flatten(2))
+
+
+def unpatchify(x: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Tokens as the patches they are: (b (rows columns) (c p q)) -> (b c (rows p) (columns q))."""
+    rows, columns = grid
+    x = x.unflatten(2, (-1, patch, patch)).unflatten(1, grid)  # (b rows columns c p q)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(len(x), -1, rows * patch, columns * patch)
 
 
 def zero_(layer: nn.Conv2d | nn.Linear) -> None:
@@ -111,3 +143,35 @@ def check_sample(x: Tensor, t: Tensor, shape: tuple[int, ...]) -> None:
         raise UserError("the net was built for samples of another shape", expected=("b", *shape), found=tuple(x.shape))
     if t.shape != x.shape[:1]:
         raise UserError("t needs one value per sample", key="t", expected=(len(x),), found=tuple(t.shape))
+
+
+def check_choice(config: object, name: str, choices: Iterable[str]) -> None:
+    """UserError, with the nearest valid one, unless the option `name` of a config is one of the choices."""
+    lookup(dict.fromkeys(choices, True), getattr(config, name), name)
+
+
+def check_share(config: object, *names: str) -> None:
+    """UserError unless every named option of a config is in [0, 1)."""
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError("this is a share", key=name, expected="0 or more, below 1", found=getattr(config, name))
+
+
+def check_pooled(pooled: Tensor | None, b: int, dim: int) -> Tensor:
+    """pooled, or a UserError unless it is there and (b dim)."""
+    if pooled is None or pooled.shape != (b, dim):
+        found = "nothing" if pooled is None else tuple(pooled.shape)
+        fix = "pass the text's pooled embedding; zeros stand for no text"
+        raise UserError("the net reads a text embedding", key="pooled", expected=(b, dim), found=found, fix=fix)
+    return pooled
+
+
+def joined(x: Tensor, concat: Tensor | None, channels: int) -> Tensor:
+    """x (b c h w) with the known part behind it, of so many channels -> (b c+channels h w); UserError on another shape."""
+    if not channels:
+        return x
+    want = (len(x), channels, *x.shape[2:])
+    if concat is None or concat.shape != want:
+        found = "nothing" if concat is None else tuple(concat.shape)
+        raise UserError("the net also reads a known part", key="concat", expected=want, found=found)
+    return torch.cat([x, concat.to(x.dtype)], dim=1)

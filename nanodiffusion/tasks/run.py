@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nanodiffusion.draw import make_ladder, make_step
+from nanodiffusion.draw import make_ladder, make_step, shifted
 from nanodiffusion.errors import UserError
 from nanodiffusion.guidance import Bound, keep
 from nanodiffusion.nets.inpaint import InpaintTokens
@@ -71,17 +71,11 @@ class Job:
         """The states after every step; each call starts again."""
         noise = ImageNoise(self.seeds)
         noise.draw(*self.x.shape[1:])  # that of the start
+        shifts = self.config.brightness, self.config.sharpness
         with self.bundle.at_work(*self.nets):
             for state in sample(self.D, self.x, self.sigmas, self.step, noise):
-                yield state if state.sigma_next else state._replace(x=self._shifted(state.x))
-
-    def _shifted(self, x: Tensor) -> Tensor:
-        """x with channels 0 and 3 of the latent moved: what transformer latent diffusion calls brightness and sharpness."""
-        brightness, sharpness = self.config.brightness, self.config.sharpness
-        if not (brightness or sharpness):
-            return x
-        shift = x.new_tensor([brightness, 0, 0, sharpness, *[0] * (x.shape[1] - 4)])
-        return x + shift[:, None, None]
+                last = not state.sigma_next
+                yield state._replace(x=shifted(state.x, *shifts)) if last else state
 
 
 def generate(

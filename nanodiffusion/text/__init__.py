@@ -11,6 +11,7 @@ from nanodiffusion.text.encoder import (
     replace_token,
 )
 from nanodiffusion.text.inversion import Inversion, add, load_inversion, read_inversion
+from nanodiffusion.text.pooled import open_text
 from nanodiffusion.text.prompts import TextEncoder, TextPart, mix
 from nanodiffusion.text.tokenizer import CLIPTokenizer
 
@@ -29,6 +30,7 @@ __all__ = [
     "load_inversion",
     "mix",
     "mix_tokens",
+    "open_text",
     "read_inversion",
     "replace_token",
 ]

@@ -1,0 +1,223 @@
+"""The samples as files for further use: a PNG each, an npz or a safetensors, batch by batch, resumable and in parallel."""
+
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nanodiffusion import show
+from nanodiffusion.checkpoint import load_meta, save_tensors
+from nanodiffusion.cli.job import Job
+from nanodiffusion.cli.pictures import images
+from nanodiffusion.distributed import World
+from nanodiffusion.errors import UserError
+
+
+class Sink(Protocol):
+    """Where batches go. shown: whether it takes pictures, or else the samples themselves."""
+
+    shown: bool
+
+    def has(self, start: int, stop: int) -> bool:
+        """Whether samples start..stop-1 are there already."""
+        ...
+
+    def add(self, start: int, stop: int, x: Tensor) -> None:
+        """Samples start..stop-1, or their pictures: (b ...)."""
+        ...
+
+    def finish(self) -> None:
+        """All batches are there; the first process calls it."""
+        ...
+
+
+def write(job: Job, options: Mapping[str, Any], w: World) -> Iterator[str]:
+    """Write what out=, npz= and latents= ask for, each batch drawn once for all of them; yields a line about each."""
+    sinks: dict[str, Sink] = {}
+    if "out" in options:
+        sinks["out"] = Folder(job, Path(options["out"]))
+    for key in ("npz", "latents"):
+        if key in options:
+            array = Array(job, Path(options[key]), key)
+            if array.there():
+                yield f"{array.path}: all {job.n} samples were there already"
+                continue
+            array.open(w)
+            sinks[key] = array
+    w.barrier()
+    for start, stop in spans(job.n, job.batch, w) if sinks else ():
+        if missing := [sink for sink in sinks.values() if not sink.has(start, stop)]:
+            x = job.last(start, stop)
+            picture = images(job.run, x) if any(sink.shown for sink in missing) else x
+            for sink in missing:
+                sink.add(start, stop, picture if sink.shown else x)
+    w.barrier()
+    for key, sink in sinks.items():
+        if w.first:
+            sink.finish()
+        yield f"{options[key]}: {job.n} {'images' if key == 'out' else 'samples'}"
+    w.barrier()
+
+
+def spans(n: int, batch: int, w: World) -> Iterator[tuple[int, int]]:
+    """(start, stop) of this process's batches, with a bar where a person watches."""
+    mine = range(w.rank * batch, n, batch * w.size)
+    for start in tqdm(mine, unit="batch", disable=None if w.first and len(mine) > 1 else True):
+        yield start, min(n, start + batch)
+
+
+class Folder:
+    """Every picture as a PNG; each carries its own seed, class and text. Files that are there are kept."""
+
+    shown = True
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        self.job, self.folder = job, folder
+
+    def has(self, start: int, stop: int) -> bool:
+        """Whether the files of samples start..stop-1 are there."""
+        return all(self._path(i).exists() for i in range(start, stop))
+
+    def add(self, start: int, stop: int, x: Tensor) -> None:
+        """Pictures (b c h w) in [-1, 1]."""
+        for i, image in enumerate(x, start):
+            text = json.dumps(self.job.settings | self._own(i))
+            show.save_png(show.grid(image[None], scale=1), self._path(i), {"nanodiffusion": text})
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def _path(self, i: int) -> Path:
+        return self.folder / f"{i:06d}.png"
+
+    def _own(self, i: int) -> dict[str, Any]:
+        labels, texts = self.job.labels, self.job.wanted.texts
+        own = {"seed": self.job.seeds[i], "label": None if labels is None else int(labels[i])}
+        return own | ({"text": texts[i]} if texts else {})
+
+
+class Array:
+    """All samples in one file, batch by batch beside it, then joined.
+
+    npz: arr_0 (n h w c) uint8, or x (n d) float32 of points, for evaluation; latents: x (n c h w) float32, in an .npz or a
+    .safetensors. With label (n), where there are classes. UserError where the file, or the batches of an earlier call,
+    were made with other settings.
+    """
+
+    def __init__(self, job: Job, path: Path, key: str) -> None:
+        suffixes = {"npz": (".npz",), "latents": (".npz", ".safetensors")}[key]
+        if key == "latents" and path.suffix not in suffixes:
+            raise UserError("a file of another kind", key=key, expected=" or ".join(suffixes), found=path)
+        self.job, self.path, self.key = job, path, key
+        self.shown = key == "npz"
+        self.name = "x" if len(job.run.shape) == 1 or not self.shown else "arr_0"
+        self.parts = path.with_name(f"{path.name}.parts")
+        made = {"batch": job.batch, "weights_sha256": fingerprint(job.run.denoiser.net)}
+        made |= {"codec_sha256": fingerprint(job.run.codec)} if self.shown and job.latent else {}
+        self.settings = json.dumps(job.settings | made, sort_keys=True)
+
+    def there(self) -> bool:
+        """Whether the whole file is."""
+        if self.path.exists():
+            check_settings(settings_of(self.path, self.key), self.settings, self.path, self.key)
+        return self.path.exists()
+
+    def open(self, w: World) -> None:
+        """Begin, or go on, in the folder of batches."""
+        known = self.parts / "settings.json"
+        if w.first and known.exists():
+            check_settings(known.read_text(), self.settings, self.parts, self.key)
+        elif w.first:
+            with show.atomic(known) as part:
+                part.write_text(self.settings)
+
+    def has(self, start: int, stop: int) -> bool:
+        """Whether the batch that starts there is."""
+        return self._part(start).exists()
+
+    def add(self, start: int, stop: int, x: Tensor) -> None:
+        """Samples or pictures (b ...)."""
+        with show.atomic(self._part(start)) as part, open(part, "wb") as f:
+            np.save(f, (show.to_uint8(x) if self.name == "arr_0" else x.float()).numpy())
+
+    def finish(self) -> None:
+        """Join the batches and remove them."""
+        files = sorted(self.parts.glob("*.npy"))
+        small = {} if self.job.labels is None else {"labels": self.job.labels.numpy()}
+        if self.path.suffix == ".safetensors":
+            x = torch.cat([torch.from_numpy(np.load(file)) for file in files])
+            tensors = {self.name: x, **{k: torch.from_numpy(v) for k, v in small.items()}}
+            save_tensors(self.path, tensors, {"settings": self.settings})
+        else:
+            join(self.path, self.name, files, self.job.n, {"settings": np.array(self.settings), **small})
+        shutil.rmtree(self.parts)
+
+    def _part(self, start: int) -> Path:
+        return self.parts / f"{start:09d}.npy"
+
+
+def fingerprint(net: nn.Module) -> str:
+    """SHA-256 of a net's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(
+            name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()
+
+
+def settings_of(path: Path, key: str) -> str:
+    """The settings in a file of ours. UserError: it is none."""
+    try:
+        if path.suffix == ".safetensors":
+            return str(load_meta(path)["settings"])
+        with np.load(path, allow_pickle=False) as arrays:
+            return str(arrays["settings"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        what = "this file is not ours to replace"
+        raise UserError(what, file=path, key=key, found=str(e), fix="another name") from None
+
+
+def check_settings(old: str, new: str, path: Path, key: str) -> None:
+    """UserError unless samples that are there were made as those to come."""
+    before, now = json.loads(old), json.loads(new)
+    keys = [k for k in now if before.get(k) != now[k]]
+    if keys:
+        raise UserError(
+            "samples with other settings are there",
+            file=path,
+            key=", ".join(keys),
+            expected={k: before.get(k) for k in keys},
+            found={k: now[k] for k in keys},
+            fix=f"another {key}=, or delete it",
+        )
+
+
+def join(path: Path, name: str, files: Sequence[Path], n: int, small: Mapping[str, np.ndarray]) -> None:
+    """What np.savez would write, without holding more than one batch in memory."""
+    first = np.load(files[0], mmap_mode="r")
+    header = {
+        "descr": np.lib.format.dtype_to_descr(first.dtype),
+        "fortran_order": False,
+        "shape": (n, *first.shape[1:]),
+    }
+    with show.atomic(path) as part:
+        with zipfile.ZipFile(part, "w", allowZip64=True) as archive:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as out:
+                np.lib.format.write_array_header_1_0(out, header)  # type: ignore[arg-type]
+                for file in files:
+                    out.write(np.load(file).tobytes())
+            for key, values in small.items():
+                with archive.open(f"{key}.npy", "w") as out:
+                    np.lib.format.write_array(out, values, allow_pickle=False)
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())

@@ -1,0 +1,482 @@
+"""Encoding: bytes that depend on the settings alone, whatever kills it, whoever shares the work; sources; bad inputs.
+
+As a program, `python -m tests.test_encode JOB.json`, it encodes under kills and as two processes: forked, from one thread.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nanodiffusion.checkpoint import save_tensors
+from nanodiffusion.cli import main
+from nanodiffusion.codec import AutoencoderKL, AutoencoderKLConfig
+from nanodiffusion.data import load_data
+from nanodiffusion.data.encoded import read_manifest
+from nanodiffusion.distributed import World, world
+from nanodiffusion.encode import EncodeConfig, Encoder, square
+from nanodiffusion.errors import UserError
+from nanodiffusion.pretrained import load_codec
+from nanodiffusion.pretrained.architecture import vae_json
+from nanodiffusion.text import open_text
+from tests.tiny import IMAGES, make_runner
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+N = 20  # sound samples in the shards
+SIZE = 16
+
+
+def contents(folder):
+    """Every file below a folder, hidden ones too, with its bytes."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def encode(out, w=None, **options):
+    """Encode into `out`, silently."""
+    return Encoder(EncodeConfig(**options), out, w or World(), lambda text: None).run()
+
+
+# -- what there is to encode -------------------------------------------------------------------------------------------
+
+
+def picture(i, width=18, height=16):
+    """Smooth colours that tell i."""
+    g = np.random.default_rng(i)
+    small = Image.fromarray(g.integers(0, 256, (3, 3, 3), np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_shards(folder):
+    """Three shards of twenty sound samples, one without a caption, and one that is no picture."""
+    from nanodiffusion.data.shards import Sample, encode_sample, write_shard
+
+    cuts = (0, 9, 13, N)
+    for k in range(3):
+        rows = [
+            encode_sample(Sample(f"{i:04d}", picture(i, 14 + i), f"picture {i}" * (i != 5), i % 4, {}, ""))
+            for i in range(cuts[k], cuts[k + 1])
+        ]
+        if k == 1:
+            rows.insert(1, ("bad", {"png": b"this is no picture", "txt": b"no", "cls": b"1"}))
+        write_shard(folder / f"{k:05d}.tar", rows)
+    return folder
+
+
+def write_codec(folder, channels=3):
+    """A tiny KL autoencoder of factor 2 in diffusers' layout, of random weights."""
+    config = AutoencoderKLConfig(channels=channels, widths=(4, 8), blocks=1, groups=2)
+    g = torch.Generator().manual_seed(1)
+    weights = {k: torch.randn(v.shape, generator=g) / v[0].numel() ** 0.5 for k, v in codec_shapes(config).items()}
+    save_tensors(folder / "diffusion_pytorch_model.safetensors", weights, {})
+    (folder / "config.json").write_text(json.dumps(vae_json(config)))
+    return folder
+
+
+def codec_shapes(config):
+    with torch.device("meta"):
+        return AutoencoderKL(config).state_dict()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with `shards`, `codec` and, of all settings that are random or shared, the encoding `whole`."""
+    folder = tmp_path_factory.mktemp("encode")
+    write_shards(folder / "shards")
+    write_codec(folder / "codec")
+    encode(folder / "whole", **options_of(folder))
+    return folder
+
+
+def options_of(place, **more):
+    """Everything at work: posterior samples, mirrored pictures, words, parts of two batches."""
+    paths = {"source": str(place / "shards"), "codec": str(place / "codec"), "text": "words:8"}
+    return {**paths, "size": SIZE, "batch": 2, "part": 4, "flip": True, "sample": "posterior", "seed": 3, **more}
+
+
+def images():
+    """The sound samples' squares, as the encoder is to see them: uint8 (n 3 h w)."""
+    return np.stack([square(picture(i, 14 + i), SIZE, 3) for i in range(N)])
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def test_the_latents_are_the_codecs_of_every_sound_sample_and_of_its_mirror_image(place, tmp_path):
+    encode(tmp_path / "x", **options_of(place, sample="mean", quantise=False, dtype="float32"))
+    data = load_data("encoded", path=str(tmp_path / "x"), flip=True, verify=True)
+    codec = load_codec(place / "codec", device="cpu")
+    for stored, pixels in ((data.x, images()), (data.flipped, images()[..., ::-1].copy())):
+        image = torch.from_numpy(pixels) / 255 * 2 - 1
+        torch.testing.assert_close(stored, codec.encode(image), rtol=0, atol=1e-5)
+    assert data.shape == (4, 8, 8) and data.codec == str(place / "codec")
+    assert data.labels.tolist() == [i % 4 for i in range(N)]
+    assert data.captions == tuple(f"picture {i}" if i != 5 else "" for i in range(N))
+
+
+def test_bytes_are_within_half_a_level_and_the_range_reaches_to_the_largest_value(place, tmp_path):
+    encode(tmp_path / "x", **options_of(place, sample="mean", flip=False))
+    data = load_data("encoded", path=str(tmp_path / "x"))
+    image = torch.from_numpy(images()) / 255 * 2 - 1
+    expected = load_codec(place / "codec", device="cpu").encode(image)
+    assert data.limit == pytest.approx(float(expected.abs().max()), rel=1e-5)
+    x0, _ = data.batch(torch.arange(N))
+    torch.testing.assert_close(x0, expected, rtol=0, atol=data.limit / 255 * 1.001)
+    assert data.x.dtype == torch.uint8 and read_manifest(tmp_path / "x")["latents"]["clipped"] == 0
+
+
+def test_a_given_limit_cuts_and_counts_what_is_beyond(place, tmp_path):
+    manifest = encode(tmp_path / "x", **options_of(place, sample="mean", flip=False, limit=0.1))
+    image = torch.from_numpy(images()) / 255 * 2 - 1
+    expected = load_codec(place / "codec", device="cpu").encode(image)
+    assert manifest["latents"]["clipped"] == int((expected.abs() > 0.1).sum()) > 0
+    data = load_data("encoded", path=str(tmp_path / "x"))
+    torch.testing.assert_close(data.batch(torch.arange(N))[0], expected.clamp(-0.1, 0.1), rtol=0, atol=0.1 / 255 * 1.01)
+
+
+def test_posterior_samples_have_the_codecs_spread_and_depend_on_the_seed_and_the_sample_alone(place, tmp_path):
+    more = {"quantise": False, "dtype": "float32", "text": ""}
+    encode(tmp_path / "a", **options_of(place, **more))
+    encode(tmp_path / "n", **options_of(place, n=7, **more))
+    encode(tmp_path / "b", **options_of(place, **{**more, "seed": 4}))
+    a, n, b = (load_data("encoded", path=str(tmp_path / name), flip=True) for name in "anb")
+    torch.testing.assert_close(a.x[:7], n.x, rtol=0, atol=1e-6)
+    codec = load_codec(place / "codec", device="cpu")
+    mean, logvar = codec.moments(torch.from_numpy(images()) / 255 * 2 - 1)
+    for data in (a, b):
+        noise = (data.x / codec.config.scale - mean) / (0.5 * logvar).exp()
+        assert abs(float(noise.mean())) < 0.05 and abs(float(noise.std()) - 1) < 0.05
+    assert float((a.x - b.x).abs().max()) > 0.01 and float((a.x - a.flipped).abs().max()) > 0.01
+
+
+def test_the_pooled_texts_are_the_encoders_and_zeros_where_there_is_none(place):
+    pooled = load_data("encoded", path=str(place / "whole")).pooled
+    expected = open_text("words:8").encode([f"picture {i}" if i != 5 else "" for i in range(N)])
+    torch.testing.assert_close(pooled, expected.half(), rtol=0, atol=0)
+    assert bool((pooled[5] == 0).all())
+
+
+def test_the_manifest_says_what_is_there_and_what_was_left_out(place):
+    manifest = read_manifest(place / "whole")
+    census = manifest["census"]
+    assert (manifest["count"], manifest["faults"], census["without_caption"]) == (N, 1, 1)
+    assert census["widths"] == [14, 14 + N - 1] and census["heights"] == [16, 16] and census["smaller"] == 2
+    assert "00001.tar:bad" in (place / "whole/faults.txt").read_text()
+    files = {f.name for f in (place / "whole").iterdir()}
+    arrays = {"latents.npy", "flipped.npy", "pooled.npy", "labels.npy"}
+    assert files == {*arrays, "captions.jsonl", "faults.txt", "manifest.json"}
+    assert manifest["codec"]["scale"] == 0.18215 and manifest["codec"]["factor"] == 2
+    assert len(manifest["codec"]["sha256"]) == len(manifest["text"]["sha256"]) == 64
+
+
+def test_the_first_n_are_those_of_all(place, tmp_path):
+    whole = load_data("encoded", path=str(place / "whole"))
+    for n in (1, 9, 10, 19):
+        encode(tmp_path / str(n), **options_of(place, n=n, limit=whole.limit))
+        data = load_data("encoded", path=str(tmp_path / str(n)))
+        assert len(data) == n and data.captions == whole.captions[:n]
+        off = (data.x.int() - whole.x[:n].int()).abs().max()  # a last batch that is smaller may round otherwise
+        assert int(off) <= 1
+
+
+def test_pixels_without_a_codec_are_the_bytes_themselves(tmp_path):
+    encode(tmp_path / "x", source="digits", text="words:16", n=300, flip=True)
+    data, digits = load_data("encoded", path=str(tmp_path / "x"), flip=True), load_data("digits")
+    torch.testing.assert_close(data.x, digits.x[:300], rtol=0, atol=0)
+    torch.testing.assert_close(data.flipped, digits.x[:300].flip(3), rtol=0, atol=0)
+    x0, cond = data.batch(torch.arange(300))
+    expected, label = digits.batch(torch.arange(300))
+    torch.testing.assert_close(x0, expected)
+    torch.testing.assert_close(cond["label"], label["label"])
+    assert data.classes == digits.classes and data.captions[:3] == tuple(str(i) for i in label["label"][:3].tolist())
+    assert data.codec == "" and data.text == "words:16"
+
+
+def test_the_test_split_of_a_set_by_name_makes_the_other_half(tmp_path):
+    for part in ("train", "test"):
+        encode(tmp_path / part, source="digits", split=part, n=50)
+    for part in ("train", "test"):
+        data = load_data("encoded", path=str(tmp_path), split=part)
+        torch.testing.assert_close(data.x, load_data("digits", part).x[:50], rtol=0, atol=0)
+
+
+def test_a_folder_of_captioned_pictures_is_read_in_the_order_of_its_names(place, tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    for name, caption in (("b.png", "second"), ("a.png", None), ("sub/c.png", "third"), (".hidden.png", "no")):
+        picture(len(name), 20, 20).save(folder / name)
+        if caption:
+            (folder / name).with_suffix(".txt").write_text(caption)
+    (folder / "z.png").write_bytes(b"no picture")
+    manifest = encode(tmp_path / "x", source=str(folder), codec=str(place / "codec"), text="words:8", size=SIZE)
+    data = load_data("encoded", path=str(tmp_path / "x"))
+    assert data.captions == ("", "second", "third") and manifest["faults"] == 1
+    assert "z.png" in (tmp_path / "x/faults.txt").read_text()
+
+
+def test_grey_pictures_become_colour_where_the_codec_wants_it(place, tmp_path):
+    encode(tmp_path / "x", source="digits", codec=str(place / "codec"), n=4, quantise=False, dtype="float32")
+    x = load_data("digits").x[:4].expand(-1, 3, -1, -1) / 255 * 2 - 1
+    expected = load_codec(place / "codec", device="cpu").encode(x)
+    torch.testing.assert_close(load_data("encoded", path=str(tmp_path / "x")).x, expected, rtol=0, atol=1e-5)
+
+
+# -- the same bytes ----------------------------------------------------------------------------------------------------
+
+
+def test_the_size_of_the_parts_does_not_change_the_arrays_and_that_of_the_batch_rounding_only(place, tmp_path):
+    encode(tmp_path / "parts", **options_of(place, part=14))
+    encode(tmp_path / "batch", **options_of(place, batch=7, limit=read_manifest(place / "whole")["latents"]["limit"]))
+    whole, parts, batch = (contents(f) for f in (place / "whole", tmp_path / "parts", tmp_path / "batch"))
+    for name in whole.keys() - {"manifest.json"}:
+        assert parts[name] == whole[name]
+        if name not in ("latents.npy", "flipped.npy"):
+            assert batch[name] == whole[name]
+    off = np.load(tmp_path / "batch/latents.npy").astype(int) - np.load(place / "whole/latents.npy")
+    assert np.abs(off).max() <= 1 and (off != 0).mean() < 0.01
+
+
+def test_a_second_call_finds_everything_there(place):
+    before = {p.name: p.stat().st_mtime_ns for p in (place / "whole").iterdir()}
+    encode(place / "whole", **options_of(place))
+    assert {p.name: p.stat().st_mtime_ns for p in (place / "whole").iterdir()} == before
+
+
+def test_calls_that_failed_before_any_part_leave_the_folder_free(place, tmp_path):
+    spoken = tmp_path / "silent"
+    spoken.mkdir()
+    picture(0).save(spoken / "a.png")
+    options = options_of(place, source=str(spoken), flip=False)
+    with pytest.raises(UserError, match="no captions"):
+        encode(tmp_path / "x", **options)
+    assert encode(tmp_path / "x", **{**options, "text": ""})["count"] == 1
+
+
+# As a program: one import of torch for all the forks.
+
+
+def forked(work):
+    """A child that does `work`; 0 when it is done."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return pid
+
+
+def dies_at_sync(number):
+    """Arrange that this process kills itself at its `number`-th fsync: while a file is written."""
+    fsync, calls = os.fsync, iter(range(1, sys.maxsize))
+
+    def counted(fd):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(fd)
+
+    os.fsync = counted
+
+
+def harassed(folder, options, kills, seed=0):
+    """Encode again and again under SIGKILLs, at an fsync or at any time, every result equal to `folder`/whole; counts."""
+    dice, out = random.Random(seed), folder / "killed"
+    start = time.perf_counter()
+    pid = forked(lambda: encode(folder / "again", **options))
+    assert os.waitpid(pid, 0)[1] == 0
+    whole = time.perf_counter() - start
+    counts = {"at_sync": 0, "timed": 0, "finished": 0}
+    while counts["at_sync"] + counts["timed"] < kills or out.exists():
+        at = dice.randint(1, 6) if dice.random() < 0.6 else 0
+
+        def work(at=at):
+            if at:
+                dies_at_sync(at)
+            encode(out, **options)
+
+        pid = forked(work)
+        if not at:
+            time.sleep(dice.random() * whole / 2)
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        if os.WIFSIGNALED(status):
+            counts["at_sync" if at else "timed"] += 1
+            continue
+        assert status == 0, "the encoding failed"
+        assert contents(out) == contents(folder / "again") == contents(folder / "whole"), "other bytes"
+        counts["finished"] += 1
+        shutil.rmtree(out)
+    return counts
+
+
+def shared(folder, options, port):
+    """The same by two processes over gloo."""
+
+    def work(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with world("cpu") as w:
+            assert w.size == 2 and w.rank == rank
+            encode(folder / "two", w, **options)
+
+    pids = [forked(lambda rank=rank: work(rank)) for rank in range(2)]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+    assert contents(folder / "two") == contents(folder / "whole")
+
+
+def program(place, tmp_path, **job):
+    """Run this file as a program; what it prints."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    shutil.copytree(place / "whole", tmp_path / "whole")
+    job = {"folder": str(tmp_path), "options": options_of(place), "port": port, **job}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "tests.test_encode", str(tmp_path / "job.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_killed_again_and_again_and_shared_by_two_processes_it_makes_the_same_bytes(place, tmp_path):
+    counts = program(place, tmp_path, kills=5)
+    assert counts["at_sync"] + counts["timed"] >= 5 and counts["finished"] >= 1
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_it_makes_the_same_bytes(place, tmp_path):
+    counts = program(place, tmp_path, kills=50)
+    assert counts["at_sync"] >= 20 and counts["timed"] >= 10 and counts["finished"] >= 1
+
+
+@pytest.mark.slow
+def test_torchrun_shares_the_command_line(place, tmp_path):
+    options = options_of(place)
+    words = [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in options.items() if k != "source"]
+    words = ["encode", options["source"], *words, "device=cpu"]
+    assert main([*words, f"out={tmp_path / 'one'}"]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "nanodiffusion", *words, f"out={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+# -- the command and bad inputs ----------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_there_is_and_training_reads_it(tmp_path, capsys):
+    out = tmp_path / "digits"
+    words = ["encode", "digits", f"out={out}", "codec=none", "text=words:8", "n=64", "device=cpu"]
+    assert main(words) == 0
+    assert "64 samples of 1 x 8 x 8, uint8 in ±1 (pooled, labels, captions)" in capsys.readouterr().out
+    runner = make_runner(tmp_path, IMAGES, data={"name": "encoded", "path": str(out)}, steps=2, validation=0.2)
+    assert runner.run() == "done"
+    assert runner.config.text == "words:8" and runner.config.codec == ""
+    assert 48 <= len(runner.data) < 64
+
+
+WORDS = {
+    "no source": ("codec=none out=x", "encode what"),
+    "no out": ("digits codec=none", "encode needs out"),
+    "no codec": ("digits out=x", "encode needs codec"),
+    "unknown key": ("digits out=x codec=none sizes=3", "unknown key"),
+    "no such shards": ("nothing/{00..03}.tar out=x codec=none", "not there"),
+    "no such folder": ("nothing out=x codec=none", "not there"),
+    "a pipe": ("pipe:cat out=x codec=none", "shards"),
+    "no such codec": ("digits out=x codec=no/such-codec-here", "no such model"),
+    "no such text": ("digits out=x codec=none text=words:0", "not a number of features"),
+    "negative limit": ("digits out=x codec=none limit=-2", "range must be positive"),
+    "infinite limit": ("digits out=x codec=none limit=inf", "range must be positive"),
+    "limit of floats": ("digits out=x codec=none limit=2 quantise=false", "only bytes"),
+    "dtype of bytes": ("digits out=x codec=none dtype=float16", "dtype"),
+    "unknown dtype": ("digits out=x codec=none quantise=false dtype=int8", "dtype"),
+    "unknown sampling": ("digits out=x codec=none sample=both", "sample"),
+    "no batch": ("digits out=x codec=none batch=0", "batch"),
+    "a text for a number": ("digits out=x codec=none size=big", "size"),
+    "unknown split": ("digits out=x codec=none split=dev", "split"),
+    "size and factor": ("digits out=x codec={place}/codec size=9", "whole latent pixels"),
+    "a text as codec": ("digits out=x codec={place}/shards", "holds no weights"),
+    "another encoding": ("digits out={place}/whole codec=none", "another encoding"),
+    "something else": ("digits out={place}/shards codec=none", "something else"),
+    "a file": ("digits out={place}/shards/00000.tar codec=none", "something else"),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_mistake_is_one_message_and_exit_code_2(place, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words, said = WORDS[name]
+    assert main(["encode", *words.replace("{place}", str(place)).split(), "device=cpu"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.strip().splitlines()) <= 6
+    assert not (tmp_path / "x/manifest.json").exists()
+
+
+def test_a_codec_of_other_channels_is_one_message(tmp_path, capsys):
+    write_codec(tmp_path / "codec", channels=5)
+    assert main(["encode", "digits", f"out={tmp_path / 'x'}", f"codec={tmp_path / 'codec'}", "device=cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "channels" in error and len(error.strip().splitlines()) <= 6
+
+
+def test_shards_that_changed_since_they_were_counted_are_one_message(place, tmp_path, monkeypatch):
+    shutil.copytree(place / "shards", tmp_path / "shards")
+    options = options_of(place, source=str(tmp_path / "shards"), text="")
+    encoder = Encoder(EncodeConfig(**options), tmp_path / "x", World(), lambda text: None)
+    monkeypatch.setattr(
+        encoder, "_tell", lambda census: shutil.copy(tmp_path / "shards/00000.tar", tmp_path / "shards/00001.tar")
+    )
+    with pytest.raises(UserError, match="source has changed"):
+        encoder.run()
+
+
+def test_where_nothing_is_sound_it_says_why(place, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/a.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="no sound sample") as caught:
+        encode(tmp_path / "x", **options_of(place, source=str(tmp_path / "bad"), text=""))
+    assert "a.png" in str(caught.value)
+
+
+def test_a_codec_whose_numbers_overflow_is_one_message(place, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(place / "codec", tmp_path / "codec")
+    file = tmp_path / "codec/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file({k: v * float("nan") if k == "quant_conv.bias" else v for k, v in weights.items()}, file)
+    with pytest.raises(UserError, match="no numbers") as caught:
+        encode(tmp_path / "x", **options_of(place, codec=str(tmp_path / "codec")))
+    assert "0000" in str(caught.value)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    given = json.loads(Path(sys.argv[1]).read_text())
+    home = Path(given["folder"])
+    result = harassed(home, given["options"], given["kills"])
+    shared(home, given["options"], given["port"])
+    print(json.dumps(result))
