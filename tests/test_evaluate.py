@@ -312,3 +312,10 @@ def test_features_that_images_do_not_fit_are_refused():
         OWN["small"](of(pixels()), "cpu")
     with pytest.raises(UserError, match="no images"):
         of_data(TensorData(torch.zeros(5, 2)), "points")
+
+
+def test_grey_images_beside_coloured_ones_are_three_channels_alike():
+    grey, colour = of(pixels(channels=1)), of(pixels(channels=3, seed=1))
+    both = grey.in_colour(colour)
+    assert torch.equal(whole(both), pixels(channels=1).expand(-1, 3, -1, -1)) and both.sha256 != grey.sha256
+    assert grey.in_colour(of(pixels(channels=1))) is grey and colour.in_colour(grey) is colour

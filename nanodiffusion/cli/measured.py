@@ -207,7 +207,8 @@ class Reference:
         known = stats.load(self.file) if self.file else None
         self.images: Images | None = None
         if known is None:
-            self.images = open_images(given, split, task.get("size", 0)) if given else _of_run(run, split)
+            images = open_images(given, split, task.get("size", 0)) if given else _of_run(run, split)
+            self.images = images.in_colour(samples)
             enough(self.images.n, self.images.name, task)
         sha256 = known.about.get("features_sha256") if known else None
         self.features = open_features(task, self.images, sha256, samples)
@@ -242,7 +243,7 @@ def _of_run(run: Run | None, split: str) -> Images:
 def measure(task: Task, samples: Images, reference: Reference, metrics: Sequence[str] = ()) -> dict[str, Any]:
     """Every measure, and all that a reader must know to compare it."""
     start = time.perf_counter()
-    features = reference.features
+    features, samples = reference.features, samples.in_colour(reference.images)
     if "save" in task.options:
         stats.save(Path(task.options["save"]), reference.statistics)
     x = features(samples, task.get("batch", 64))

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from nanodiffusion.data.files import SUFFIXES
+from nanodiffusion.data.files import SIDECARS, SUFFIXES
 from nanodiffusion.data.shards import (
     CAPTION_KEYS,
     MAX_TEXT,
@@ -24,7 +24,6 @@ from nanodiffusion.errors import UserError
 TEMPLATE = "a photo of a {}"
 TABLES = ("metadata.jsonl", "metadata.csv")
 MAPPING = "captions.json"
-SIDECARS = (".txt", ".caption", ".json")  # in the order in which they are looked for
 MAX_TABLE = 1 << 30  # bytes of a whole table
 
 

@@ -20,6 +20,7 @@ from nanodiffusion.data.tensors import split as split_data
 from nanodiffusion.errors import UserError, lookup
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SIDECARS = (".txt", ".caption", ".json")  # what may lie beside x.png and says something of it
 FORMATS = ("PNG", "JPEG", "WEBP")
 MODES: dict[Any, str] = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
 MAX_PIXELS = 64_000_000
@@ -185,7 +186,7 @@ def _refuse(bad: dict[Path, str], total: int) -> None:
 
 
 def _listing(root: Path) -> tuple[list[Path], list[Path]]:
-    """The images and the other files below `root`, sorted, hidden ones left out."""
+    """The images and the other files below `root`, sorted; hidden files and captions beside images are neither."""
     if not root.is_dir():
         raise UserError("there is no such folder", file=root, fix="path=FOLDER, a folder of images")
     try:
@@ -193,7 +194,8 @@ def _listing(root: Path) -> tuple[list[Path], list[Path]]:
     except OSError as e:
         raise UserError("the folder cannot be read", file=root, found=e.strerror) from e
     images = [p for p in files if p.suffix.lower() in SUFFIXES]
-    return images, [p for p in files if p.suffix.lower() not in SUFFIXES]
+    captioned = {p.with_suffix(end) for p in images for end in SIDECARS}
+    return images, [p for p in files if p.suffix.lower() not in SUFFIXES and p not in captioned]
 
 
 def _hidden(path: Path, root: Path) -> bool:

@@ -59,6 +59,14 @@ class Images:
         labels = None if self.labels is None else self.labels[:n]
         return self if n >= self.n else replace(self, n=n, labels=labels, digest=digest)
 
+    def in_colour(self, like: "Images | None") -> "Images":
+        """Grey ones as RGB, three channels alike, where those they are held against have three."""
+        if like is None or self.shape[0] == like.shape[0] or self.shape[0] == 3:
+            return self
+        digest = lambda: hashlib.sha256(f"{self.sha256} rgb".encode()).hexdigest()
+        read = lambda size: (x.expand(-1, 3, -1, -1) for x in self.read(size))
+        return replace(self, shape=(3, *self.shape[1:]), read=read, digest=digest)
+
 
 def open_images(where: str, split: str = "train", size: int = 0) -> Images:
     """A data set of DATASETS, an .npz, or a folder of images. UserError: none of these, or no images.
