@@ -15,11 +15,11 @@ import argparse
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from nanodiffusion.cli import main as nanodiffusion
 
 SETS = {"fashion-mnist": "a photo of a {}", "digits": "a handwritten {}"}  # caption of a class
 PROMPTS = ["a photo of a sneaker", "a photo of a coat", "a photo of a bag", "a handwritten 3", "a handwritten 8"]
@@ -37,14 +37,17 @@ class Setting:
     evaluate: str = ""
 
 
-SMALL = "net.patch=2 batch_size=128 validation=0.05 validate_every=500 sample_every=0 lr_schedule.warmup=100"
+SMALL = (
+    "net.patch=2 time_limit=240 batch_size=128 lr=1e-3 lr_schedule.warmup=100 validation=0.05 validate_every=500 "
+    "sample_every=0 sample.guidance=2"
+)
 TINY = "net.depth=1 steps=4 batch_size=8 validation=0.2 validate_every=2 sample_every=0 sample.n=4 sample.steps=2"
 SETTINGS = {
     "small": Setting(
         garments=12_000,
         codec="time_limit=150 validate_every=500 sample_every=0",
-        text=f"{SMALL} net.dim=256 net.depth=6 time_limit=210 lr=1e-3",
-        classes=f"{SMALL} net.dim=192 net.heads=6 net.depth=6 time_limit=210 lr=1e-3",
+        text=f"{SMALL} net.dim=192 net.depth=5",
+        classes=f"{SMALL} net.dim=192 net.heads=6 net.depth=5",
         measured=2048,
     ),
     "full": Setting(
@@ -68,9 +71,8 @@ SETTINGS = {
 def call(*words: str) -> None:
     """One command of the library, as it would be typed; this script ends with it if it fails."""
     print("\n$", shlex.join(["nanodiffusion", *words]), flush=True)
-    done = subprocess.run([sys.executable, "-m", "nanodiffusion", *words])
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    if code := nanodiffusion(words):
+        raise SystemExit(code)
 
 
 def captioned(home: Path, split: str, garments: int) -> Path:
