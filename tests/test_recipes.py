@@ -93,7 +93,9 @@ def shrunk(recipe: str, out: Path, data: Path, net: dict[str, Any], **more: Any)
     """The Runner of a recipe with a net and a run made tiny, and everything else as it says."""
     config = one(recipe)
     small = {**asdict(config), **TINY, "out": str(out), "device": "cpu", "init_from": ""}
-    small["net"] = {k: v for k, v in config.net.items() if k not in ("in_size", "channels_in", "num_classes", "text_dim")}
+    small["net"] = {
+        k: v for k, v in config.net.items() if k not in ("in_size", "channels_in", "num_classes", "text_dim")
+    }
     small["net"] |= net
     small["data"] = {**config.data, "path": str(data)}
     small["sample"] = {**asdict(config.sample), "n": 6, "steps": 4}
