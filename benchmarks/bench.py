@@ -26,7 +26,7 @@ from benchmarks.worker import busy
 
 RESULTS = Path(__file__).parent / "results"
 CLEAN, FOREIGN, SECONDS = 7, 0.1, 1.0  # windows wanted, cores others may take, length of a window
-PACKAGES = ("torch", "numpy", "smalldiffusion", "diffusers", "transformers", "accelerate")
+PACKAGES = ("torch", "numpy", "smalldiffusion", "diffusers", "transformers", "accelerate", "webdataset")
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def benches() -> dict[str, Bench]:
         "unet": fashion("unet"),
         "dit": fashion("dit"),
         **latent_transformers(),
+        "loader": loader(),
         "sampler": solvers(),
         **stable_diffusion(),
     }
@@ -89,6 +90,13 @@ def latent_transformers() -> dict[str, Bench]:
         "tld": Bench(sides("tld"), "images", note="4 x 32 x 32 latents, batch 8"),
         "tld-36": Bench(sides("tld-36"), "runs", note=note),
     }
+
+
+def loader() -> Bench:
+    """Batches of stored latents beside webdataset's."""
+    sides = {"ours, resident": "loader resident", "ours, mapped": "loader mapped", "webdataset": "loader webdataset"}
+    note = "20,000 latents of 4 x 32 x 32 bytes, shuffled, to float32 in batches of 256; webdataset without workers"
+    return Bench({"webdataset": sides}, "samples", gpu=False, note=note)
 
 
 def stable_diffusion() -> dict[str, Bench]:

@@ -41,7 +41,9 @@ def prepare() -> None:
     """The autoencoder and the latents of all training images, once."""
     cli = [sys.executable, "-m", "nanodiffusion"]
     if not CODEC.exists():
-        subprocess.run([*cli, "train", "autoencoder", f"out={HOME}", "sample_every=0", "time_limit=240"], check=True)
+        subprocess.run(
+            [*cli, "train", "autoencoder", f"out={HOME}", "sample_every=0", "steps=1000", "time_limit=0"], check=True
+        )
     source = ["fashion-mnist", f"codec={CODEC}", "text=words:256", "size=32", "flip=true", f"out={LATENTS}"]
     subprocess.run([*cli, "encode", *source], check=True)
 

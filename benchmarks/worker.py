@@ -60,6 +60,8 @@ def cases(side: str) -> dict[str, Callable[[str], Case]]:
         from benchmarks.sd import CASES
     elif side == "latent":
         from benchmarks.latent import CASES
+    elif side == "loader":
+        from benchmarks.loader import CASES
     elif side == "ours":
         from benchmarks.ours import CASES
     else:

@@ -46,7 +46,7 @@ SETTINGS = {
     "small": Setting(
         garments=12_000,
         codec="time_limit=150 validate_every=500 sample_every=0",
-        text=f"{SMALL} net.dim=192 net.depth=5",
+        text=f"{SMALL} net.dim=192 net.depth=5 ema=[{{name:power,sigma_rel:0.1}}]",  # 0.999 would remember the beginning
         classes=f"{SMALL} net.dim=192 net.heads=6 net.depth=5",
         measured=2048,
     ),

@@ -67,17 +67,24 @@ def save_tensors(path: str | Path, tensors: Tensors, meta: dict[str, Any]) -> No
     dtype or layout.
     """
     path = Path(path)
-    chunks = _safetensors(tensors, meta)
-    beside = path.with_name(f".tmp-{path.name}")
+    write_whole(path, _safetensors(tensors, meta), path.with_name(f".tmp-{path.name}"))
+
+
+def write_whole(path: Path, chunks: Iterable[bytes | memoryview], beside: Path) -> dict[str, Any]:
+    """Write one file that is either whole or not there, by way of `beside`; its size and SHA-256.
+
+    UserError: full or unwritable disk.
+    """
     with _write_errors(path):
         _make_folder(path.parent)
         try:
-            _write(beside, chunks)
+            entry = _write(beside, chunks)
             os.replace(beside, path)
             _sync(path.parent)
         finally:
             with suppress(OSError):
                 beside.unlink(missing_ok=True)
+    return entry
 
 
 def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -93,6 +100,21 @@ def load_meta(path: str | Path) -> dict[str, Any]:
     """The `meta` of a safetensors file, reading nothing but its header. UserError: as load_tensors."""
     with _opened(path, "cpu") as file:
         return _meta(file, path)
+
+
+def content_hash(tensors: Tensors) -> str:
+    """SHA-256 of names, shapes, kinds and numbers, whatever order they are in."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _safetensors(tensors: Tensors, meta: dict[str, Any]) -> Iterator[bytes | memoryview]:
@@ -403,9 +425,7 @@ def _differs(path: Path, entry: dict[str, Any]) -> str | None:
             return "missing"
         if (size := path.stat().st_size) != entry["size"]:
             return f"{size} bytes instead of {entry['size']}"
-        with open(path, "rb") as f:
-            same = hashlib.file_digest(f, "sha256").hexdigest() == entry["sha256"]
-        return None if same else "its SHA-256 differs from the manifest"
+        return None if file_sha256(path) == entry["sha256"] else "its SHA-256 differs from the manifest"
     except (OSError, ValueError, KeyError, TypeError) as e:
         return f"cannot be checked ({e})"
 

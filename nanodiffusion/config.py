@@ -55,7 +55,7 @@ class SampleConfig:
     guidance_rescale: float = 0.0
     guidance_interval: list[float] = field(default_factory=list)  # [low sigma, high sigma]; empty = everywhere
     n: int = 64  # pictures of a grid
-    prompts: list[str] = field(default_factory=list)  # of a run's grids, for nets that take text; empty = the data's first
+    prompts: list[str] = field(default_factory=list)  # of the grids, where a net takes text
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,17 @@
-"""Several processes as torchrun starts them: NCCL on GPUs, gloo on CPUs. One process needs none of it."""
+"""Several processes as torchrun or `launch` starts them: NCCL on GPUs, gloo on CPUs. One process needs none of it."""
 
+import json
+import math
 import os
-from collections.abc import Iterator
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,7 +73,7 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 
 @contextmanager
 def world(device: str = "auto") -> Iterator[World]:
-    """Join the processes torchrun started, or be the only one."""
+    """Join the processes that torchrun or `launch` started, or be the only one."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     where = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if size == 1:
@@ -76,5 +84,99 @@ def world(device: str = "auto") -> Iterator[World]:
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
     try:
         yield World(rank, size, where)
+    except BaseException as e:
+        # the time before this end of its connections closes, which the others die of
+        e.at = time.time()  # type: ignore[attr-defined]
+        raise
     finally:
         dist.destroy_process_group()
+
+
+# -- starting them from Python -------------------------------------------------------------------------------------------
+
+SECONDS = 10.0  # that processes have to end by themselves once another one failed
+
+
+def launch(function: Callable[..., Any], args: Sequence[Any] = (), processes: int = 2) -> Any:
+    """function(*args) in `processes` processes of this machine, each as torchrun would start it, from Python or a notebook.
+
+    What rank 0 returns, where JSON can say it, else None; of one process, which is this one, anything. A script calls it
+    under `if __name__ == "__main__"`; a notebook's own functions need a system that can fork, and no GPU used before.
+    UserError: one of a rank, or no way to start. RuntimeError: any other error of a rank, and its traceback.
+    """
+    if processes < 1 or not callable(function):
+        found = f"{processes} of {function!r}"
+        raise UserError("nothing to launch", expected="a function, and at least 1 process", found=found)
+    if "RANK" in os.environ:
+        raise UserError("this is one of several processes already", found="RANK", fix="call the function itself")
+    if processes == 1:
+        return function(*args)
+    method = "fork" if _only_here(function) else "spawn"
+    if method == "fork" and (torch.cuda.is_initialized() or not hasattr(os, "fork")):
+        raise UserError("other processes cannot see this function", found=repr(function), fix="put it into a module")
+    # where they meet is kept here, as torchrun does: a port found free and let go could be taken
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        _start_and_wait((function, tuple(args), processes, store.port, folder), processes, method)
+        answer = Path(folder) / "0"
+        return json.loads(answer.read_text()) if answer.exists() else None
+
+
+def _only_here(function: Callable[..., Any]) -> bool:
+    """Whether no other process could import it: a lambda, a function in a function, one of a notebook."""
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    typed_in = getattr(module, "__name__", "") == "__main__" and not hasattr(module, "__file__")
+    return typed_in or "<" in getattr(function, "__qualname__", "")
+
+
+def _start_and_wait(told: tuple[Any, ...], processes: int, method: str) -> None:
+    from torch.multiprocessing.spawn import ProcessException, start_processes
+
+    folder = Path(told[-1])
+    try:
+        context: Any = start_processes(_rank, told, processes, join=False, start_method=method)
+    except Exception as e:  # of many kinds, before any of them runs
+        fix = "what a module defines, made of plain values"
+        raise UserError("this cannot be sent to another process", found=str(e).split("\n")[0], fix=fix) from None
+    try:
+        while not context.join(grace_period=SECONDS):
+            pass
+    except ProcessException as e:
+        errors = [json.loads(path.read_text()) for path in folder.glob("*.error")]
+        silent = {"at": math.inf, "rank": e.error_index, "error": str(e), "trace": ""}
+        raise _as_here(min([*errors, silent], key=lambda error: error["at"]), processes) from None
+    finally:
+        for process in context.processes:  # where the caller was interrupted: they were too, and save
+            process.join(SECONDS)
+            process.kill()
+
+
+def _rank(rank: int, function: Callable[..., Any], args: tuple[Any, ...], size: int, port: int, folder: str) -> None:
+    """One of the processes; an answer or an error is left in `folder`."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    place |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True}
+    os.environ.update({k: str(v) for k, v in place.items()})
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    try:
+        answer = function(*args)
+    except BaseException as e:
+        said = {"what": e.what, **{k: v and str(v) for k, v in e.details.items()}} if isinstance(e, UserError) else {}
+        error = {"at": getattr(e, "at", time.time()), "rank": rank, "error": f"{type(e).__name__}: {e}", "user": said}
+        (Path(folder) / f"{rank}.error").write_text(json.dumps({**error, "trace": traceback.format_exc()}))
+        sys.exit(1)
+    if rank == 0:
+        (Path(folder) / "0").write_text(_json(answer))
+
+
+def _json(answer: Any) -> str:
+    try:
+        return json.dumps(answer)
+    except (TypeError, ValueError):
+        return "null"
+
+
+def _as_here(error: dict[str, Any], processes: int) -> Exception:
+    """The exception that another process died of."""
+    if said := error.get("user"):
+        return UserError(f"rank {error['rank']}: {said.pop('what')}", **said)
+    return RuntimeError(f"rank {error['rank']} of {processes}: {error['error']}\n\n{error['trace']}".rstrip())

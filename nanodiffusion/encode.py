@@ -24,15 +24,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from nanodiffusion.checkpoint import load_tensors, save_tensors
+from nanodiffusion.checkpoint import content_hash, load_meta, load_tensors, save_tensors, write_whole
 from nanodiffusion.codec import PixelCodec
 from nanodiffusion.data import load_data
 from nanodiffusion.data.encoded import FORMAT, MANIFEST, manifest_bytes, quantise, read_manifest
-from nanodiffusion.data.files import MODES, SPLITS, SUFFIXES, open_image
+from nanodiffusion.data.files import MODES, SPLITS
 from nanodiffusion.data.tensors import at_least
 from nanodiffusion.distributed import World
 from nanodiffusion.errors import UserError, lookup
-from nanodiffusion.text.pooled import PooledText, open_text, weights_sha256
+from nanodiffusion.text.pooled import PooledText, open_text
 from nanodiffusion.train import mix
 
 SETS = ("digits", "mnist", "fashion-mnist", "cifar10")  # sources by name
@@ -110,12 +110,13 @@ def open_source(where: str, split: str = "train") -> Source:
     folder = Path(where)
     if folder.is_dir() and not any(folder.glob("*.tar")):
         return _folder(folder)
-    from nanodiffusion.data.shards import expand_shards, read_shards
+    from nanodiffusion.data.shards import expand_shards, read_shards, shard_names
 
     shards = tuple(expand_shards(where))
+    names = shard_names(shards)
 
     def read(unit: int, faults: list[str]) -> Iterator[Found]:
-        for s in read_shards([shards[unit]], faults, need_caption=False, workers=2):
+        for s in read_shards([shards[unit]], faults, need_caption=False, workers=2, names=[names[unit]]):
             yield Found(s.key, s.caption, s.label, s.image)
 
     return Source(shards, read)
@@ -136,24 +137,23 @@ def _by_name(name: str, split: str) -> Source:
 
 def _folder(folder: Path) -> Source:
     """The pictures below a folder, by path, those without a caption too; the class folders are the classes."""
-    from nanodiffusion.data.captions import class_names, read_captioned
+    from nanodiffusion.data.captions import judge_captioned, picture_bytes
+    from nanodiffusion.data.shards import Fault, decode_image, plain
 
-    said = {row.file: row for row in read_captioned(folder, faults=[])}
-    hidden = lambda name: any(part.startswith(".") for part in name.split("/"))
-    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES]
-    names = sorted(name for name in names if not hidden(name))
+    judged, classes = judge_captioned(folder, need_caption=False)
 
     def read(unit: int, faults: list[str]) -> Iterator[Found]:
-        for name in names[unit * FILES : (unit + 1) * FILES]:
-            row = said.get(folder / name)
+        for name, row in islice(judged.items(), unit * FILES, (unit + 1) * FILES):
             try:
-                image = open_image(folder / name)
-            except UserError as e:
-                faults.append(f"{name}: {e.details['found']}")
+                if isinstance(row, Fault):
+                    raise row
+                image = decode_image(picture_bytes(row.file))
+            except Fault as e:
+                faults.append(f"{plain(name)}: {e}")
                 continue
-            yield Found(name, row.caption if row else "", row.label if row else None, image)
+            yield Found(name, row.caption, row.label, image)
 
-    return Source(tuple(str(i) for i in range(0, len(names), FILES)), read, class_names(names))
+    return Source(tuple(str(i) for i in range(0, len(judged), FILES)), read, classes)
 
 
 def square(image: Any, size: int, channels: int) -> np.ndarray:
@@ -171,17 +171,7 @@ def square(image: Any, size: int, channels: int) -> np.ndarray:
 
 def write(path: Path, chunks: Iterable[bytes | memoryview], work: Path) -> dict[str, Any]:
     """Write a file by way of one of the same name in `work`; its entry of the manifest."""
-    beside = work / f".tmp-{path.name}"
-    digest, size = hashlib.sha256(), 0
-    with open(beside, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    return {"sha256": digest.hexdigest(), "size": size}
+    return write_whole(path, chunks, work / f".tmp-{path.name}")
 
 
 def write_npy(path: Path, dtype: Any, shape: Sequence[int], arrays: Iterable[np.ndarray], work: Path) -> dict[str, Any]:
@@ -328,7 +318,7 @@ class Encoder:
             "units": hashlib.sha256(as_json([_unit(u) for u in self.source.units])).hexdigest(),
             "codec": {
                 "where": self.config.codec,
-                "sha256": weights_sha256(self.codec),
+                "sha256": content_hash(self.codec.state_dict()),
                 "factor": self.codec.factor,
                 "scale": config.scale if config else 1.0,
                 "shift": config.shift if config else 0.0,
@@ -529,7 +519,7 @@ class Encoder:
     def _join(self, census: Census) -> dict[str, Any]:
         """The arrays in one file each, then the manifest, which says that all is there."""
         parts = [self._part(i) for i in range(math.ceil(len(census.records) / self.part))]
-        metas = [load_tensors(part)[1] for part in parts]
+        metas = [load_meta(part) for part in parts]
         limit = (self.limit or max(m["largest"] for m in metas) or 1.0) if self.config.quantise else None
         count = len(census.records)
         kind = np.uint8 if limit else np.dtype(self.config.dtype)

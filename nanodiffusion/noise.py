@@ -106,7 +106,18 @@ def gamma_linear(n: int = 1000, input_scale: float = 1.0) -> Schedule:
     return from_gamma(lambda t: 1 - t, n, input_scale)
 
 
-def _ramp(f: Callable[[Tensor], Tensor], t: Tensor, start: float, end: float) -> Tensor:
+def cosine_curve(t: Tensor, start: float = 0.2, end: float = 1.0, tau: float = 2.0) -> Tensor:
+    """gamma from cos(u pi/2)^(2 tau), u from start to end: t (...) in [0, 1] -> (...) (Chen 2023, algorithm 1)."""
+    return _falling(lambda u: torch.cos(u * math.pi / 2) ** (2 * tau), t, start, end)
+
+
+def sigmoid_curve(t: Tensor, start: float = 0.0, end: float = 3.0, tau: float = 0.7) -> Tensor:
+    """gamma from sigmoid(u / tau), u from start to end: t (...) in [0, 1] -> (...) (Jabri et al. 2022; Chen 2023)."""
+    return _falling(lambda u: torch.sigmoid(u / tau), t, start, end)
+
+
+def _falling(f: Callable[[Tensor], Tensor], t: Tensor, start: float, end: float) -> Tensor:
+    """f of start to end, rescaled to fall from 1 to 0."""
     v = f(start + t * (end - start))
     v_start, v_end = f(torch.tensor([start, end], dtype=torch.float64))
     return (v_end - v) / (v_end - v_start)
@@ -115,16 +126,15 @@ def _ramp(f: Callable[[Tensor], Tensor], t: Tensor, start: float, end: float) ->
 def gamma_cosine(
     n: int = 1000, start: float = 0.2, end: float = 1.0, tau: float = 2.0, input_scale: float = 1.0
 ) -> Schedule:
-    """gamma from cos(u pi/2)^(2 tau), u from start to end, rescaled to fall from 1 to 0 (Chen 2023, algorithm 1)."""
-    f = lambda u: torch.cos(u * math.pi / 2) ** (2 * tau)
-    return from_gamma(lambda t: _ramp(f, t, start, end), n, input_scale)
+    """gamma of `cosine_curve`."""
+    return from_gamma(lambda t: cosine_curve(t, start, end, tau), n, input_scale)
 
 
 def gamma_sigmoid(
     n: int = 1000, start: float = 0.0, end: float = 3.0, tau: float = 0.7, input_scale: float = 1.0
 ) -> Schedule:
-    """gamma from sigmoid(u / tau), u from start to end, rescaled to fall from 1 to 0 (Jabri et al. 2022; Chen 2023)."""
-    return from_gamma(lambda t: _ramp(lambda u: torch.sigmoid(u / tau), t, start, end), n, input_scale)
+    """gamma of `sigmoid_curve`."""
+    return from_gamma(lambda t: sigmoid_curve(t, start, end, tau), n, input_scale)
 
 
 def flow(n: int = 1000, t_min: float = 0.001, t_max: float = 1.0) -> Schedule:

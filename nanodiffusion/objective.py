@@ -3,7 +3,7 @@
 denoise     D(x, sigma, cond) -> E[x0 | x] at every noise level: a diffusion model
 autoencode  an image to latents and back, one pass and no noise levels: the codec of later runs
 
-A task makes a model (a module with `net`, `precision`, `half` and `loss`), which is all that the loop knows of it, and says
+A task makes a model (a module with `net`, `precision` and `loss`), which is all that the loop knows of it, and says
 how it is validated and pictured.
 """
 
@@ -129,9 +129,7 @@ class Denoise:
     def model(self, config: Config) -> Denoiser:
         """The net as a denoiser."""
         prediction = edm(config.sigma_data) if config.prediction == "edm" else config.prediction
-        return Denoiser(
-            self.net(config), prediction, config.clock, make_schedule(config), PRECISIONS[config.precision]
-        )
+        return Denoiser(self.net(config), prediction, config.clock, make_schedule(config), PRECISIONS[config.precision])
 
     def check(self, model: Denoiser, config: Config) -> None:
         """UserError for what would be refused only after training."""
@@ -189,7 +187,7 @@ def _prompts(config: Config, data: Any) -> Tensor | None:
 
 def _check_length(prompts: Tensor, pooled: Tensor) -> None:
     if prompts.shape[1] != pooled.shape[1]:
-        what, fix = "the prompts' vectors are not of the data's kind", "text=: the encoder that the data was encoded with"
+        what, fix = "the prompts' vectors are not of the data's kind", "text=: the encoder that encoded the data"
         raise UserError(what, key="pooled", expected=f"{pooled.shape[1]} numbers", found=prompts.shape[1], fix=fix)
 
 
@@ -278,7 +276,9 @@ class AutoencoderConfig(AutoencoderKLConfig):
         if len(self.in_size) != 2 or any(side < 1 or side % factor for side in self.in_size):
             fix = "data.pad=2 makes 32 of 28; or fewer widths, each but the last halves the image"
             expected = f"multiples of {factor}"
-            raise UserError("the images do not halve often enough", key="net", expected=expected, found=self.in_size, fix=fix)
+            raise UserError(
+                "the images do not halve often enough", key="net", expected=expected, found=self.in_size, fix=fix
+            )
 
 
 class Autoencoder(AutoencoderKL):
@@ -304,8 +304,6 @@ class Autoencoding(nn.Module):
     kl: weight of the divergence from N(0, 1), of its sum over the latents against the distance's over the image; Rombach
     et al. 2022 take 1e-6 (appendix G). There is no perceptual and no adversarial part: edges stay softer than theirs.
     """
-
-    half = None  # its weights are fp32
 
     def __init__(self, net: Autoencoder, kl: float = 1e-6, precision: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -363,7 +361,9 @@ class Autoencode:
     def net(self, config: Config) -> Autoencoder:
         """The autoencoder of a complete config, its weights fresh from torch's generator."""
         name = config.net.get("name")
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.net.items() if k != "name"}
+        options: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in config.net.items() if k != "name"
+        }
         row = lookup(AUTOENCODERS, name, "net")
         check_options(options, get_type_hints(AutoencoderConfig), "net")
         return row(AutoencoderConfig(**options))

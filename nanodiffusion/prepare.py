@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageOps
 
 from nanodiffusion.data import load_data
-from nanodiffusion.data.captions import Captioned, check_template, class_names, read_captioned
+from nanodiffusion.data.captions import Captioned, check_template, class_names, picture_bytes, read_captioned
 from nanodiffusion.data.shards import (
-    MAX_BYTES,
     Fault,
     Sample,
     ahead,
@@ -85,15 +84,7 @@ def folder_source(path: str | Path, template: str, form: Form) -> Source:
 
 def _read_file(rows: Sequence[Captioned], names: Sequence[str], classes: Sequence[str], form: Form, i: int) -> Picture:
     row = rows[i]
-    try:
-        with open(row.file, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as e:
-        raise Fault(f"the file cannot be read: {e.strerror}") from None
-    if len(raw) > MAX_BYTES:
-        raise Fault(f"more than {MAX_BYTES} bytes")
-    if not raw:
-        raise Fault("the file is empty")
+    raw = picture_bytes(row.file)
     meta = {"file": names[i]} | ({} if row.label is None else {"class": classes[row.label]})
     return _picture(decode_image(raw), raw, row.file.suffix.lower()[1:], form, row.caption, row.label, meta)
 

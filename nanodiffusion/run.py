@@ -62,21 +62,6 @@ from nanodiffusion.show import grid, point_cloud, save_png
 from nanodiffusion.tracking import TRACKERS, Metrics, open_trackers
 from nanodiffusion.train import Draw, Step, Trainer
 
-__all__ = [
-    "Run",
-    "Runner",
-    "check_net",
-    "find_checkpoint",
-    "fit_net",
-    "load_run",
-    "make_data",
-    "make_denoiser",
-    "make_density",
-    "make_schedule",
-    "open_codec",
-    "picture",
-]
-
 REASONS = ("", "patience", "time", "signal")  # why a run ends early; of several the last counts
 FIXED = "pictures.safetensors"  # what the run's pictures are drawn from
 

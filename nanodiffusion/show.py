@@ -247,7 +247,7 @@ def _even(image: Image.Image) -> Image.Image:
 # figures
 
 
-def _figure(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
+def make_figure(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
     """A matplotlib figure of its own (no pyplot, no global state) and its axes, in inches."""
     figure = need("matplotlib.figure", "viz").Figure((width, height), dpi=144, layout="constrained")
     axes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
@@ -261,7 +261,8 @@ def _figure(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
     return figure, axes
 
 
-def _title(axis: Any, title: str, x: str = "", y: str = "") -> None:
+def set_title(axis: Any, title: str, x: str = "", y: str = "") -> None:
+    """An axis' title and what lies along its sides, in the library's style."""
     axis.set_title(title, color=INK, fontsize=10, loc="left", fontweight="bold")
     axis.set_xlabel(x, color=INK, fontsize=9)
     axis.set_ylabel(y, color=INK, fontsize=9)
@@ -272,7 +273,8 @@ def _legend(axis: Any) -> None:
         axis.legend(frameon=False, labelcolor=INK, fontsize=8)
 
 
-def _render(figure: Any) -> Image.Image:
+def render(figure: Any) -> Image.Image:
+    """A figure of `make_figure` as an RGB picture."""
     canvas = need("matplotlib.backends.backend_agg", "viz").FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.array(canvas.buffer_rgba())).convert("RGB")
@@ -289,12 +291,12 @@ def point_cloud(
     title: str = "",
 ) -> Image.Image:
     """Points x (n 2) coloured by label (n), over the data (m 2) in grey; limits (low, high) hold for both axes."""
-    figure, (axis,) = _figure(1, 4.4, 4.4)
+    figure, (axis,) = make_figure(1, 4.4, 4.4)
     _square(axis, limits or _limits(x if data is None else data), title)
     _cloud(axis, data, FAINT, 0.35)
     colours = COLOURS[0] if label is None else [COLOURS[i % len(COLOURS)] for i in label.tolist()]
     _cloud(axis, x, colours, 0.8)
-    return _render(figure)
+    return render(figure)
 
 
 def score_field(
@@ -324,7 +326,7 @@ def point_frames(
     """
     trajectory = _trajectory(states)
     limits = limits or _limits(trajectory[-1].x0 if data is None else data)
-    figure, (left, right) = _figure(2, 8.4, 4.4)
+    figure, (left, right) = make_figure(2, 8.4, 4.4)
     clouds = []
     for axis, colour in ((left, COLOURS[0]), (right, COLOURS[1])):
         _square(axis, limits, "")
@@ -335,11 +337,11 @@ def point_frames(
     for s in trajectory:
         for cloud, points in zip(clouds, (_shown(s), s.x0)):
             cloud.set_offsets(_points(points))
-        _title(left, f"x at σ = {float(s.sigma_next):.3g}")
-        _title(right, f"x0 estimated from σ = {float(s.sigma):.3g}")
+        set_title(left, f"x at σ = {float(s.sigma_next):.3g}")
+        set_title(right, f"x0 estimated from σ = {float(s.sigma):.3g}")
         if D is not None and arrows is not None:
             arrows.set_UVC(*_arrow_lengths(D, float(s.sigma), limits, s.x.device))
-        frames.append(_render(figure))
+        frames.append(render(figure))
     return frames
 
 
@@ -384,7 +386,7 @@ def _limits(x: Tensor) -> Limits:
 
 def _square(axis: Any, limits: Limits, title: str) -> None:
     axis.set(xlim=limits, ylim=limits, aspect="equal")
-    _title(axis, title)
+    set_title(axis, title)
 
 
 def _cloud(axis: Any, x: Tensor | None, colour: Any, alpha: float) -> Any:
@@ -412,7 +414,7 @@ def schedule_plot(sigmas: Tensor, ladder: Tensor | None = None) -> Image.Image:
     t, sigma = np.linspace(0, 1, len(table))[keep], table[keep]
     if not len(sigma):
         raise UserError("there is no schedule to show", expected="positive noise levels", found=table.tolist()[:4])
-    figure, (left, right) = _figure(2, 8.8, 3.4)
+    figure, (left, right) = make_figure(2, 8.8, 3.4)
     marks = ladder_marks(t, sigma, ladder)
     for axis, curve in ((left, lambda s: s), (right, lambda s: -2 * np.log(s))):
         axis.plot(t, curve(sigma), color=COLOURS[0], linewidth=1.6)
@@ -427,11 +429,11 @@ def schedule_plot(sigmas: Tensor, ladder: Tensor | None = None) -> Image.Image:
             )
             axis.vlines(marks[0], 0, 0.035, color=COLOURS[1], linewidth=0.8, transform=axis.get_xaxis_transform())
     left.set_yscale("log")
-    _title(left, "Noise level", "t", "σ")
-    _title(right, "log-SNR", "t", "−2 ln σ")
+    set_title(left, "Noise level", "t", "σ")
+    set_title(right, "log-SNR", "t", "−2 ln σ")
     if marks is not None:
         right.legend(frameon=False, labelcolor=INK, fontsize=8)
-    return _render(figure)
+    return render(figure)
 
 
 def ladder_marks(t: np.ndarray, sigma: np.ndarray, ladder: Tensor | None) -> tuple[np.ndarray, np.ndarray] | None:
@@ -449,7 +451,7 @@ Row = Mapping[str, Any]
 
 def loss_plot(rows: Sequence[Row], per_sigma: bool = True) -> Image.Image:
     """The figure of `loss_figure` as a picture."""
-    return _render(loss_figure(rows, per_sigma))
+    return render(loss_figure(rows, per_sigma))
 
 
 def loss_figure(rows: Sequence[Row], per_sigma: bool = True) -> Any:
@@ -458,7 +460,7 @@ def loss_figure(rows: Sequence[Row], per_sigma: bool = True) -> Any:
     The rows are those of metrics.jsonl; curves they do not have are left out, and so is the second panel.
     """
     levels = [r for r in rows if r.get("val/sigma") and r.get("val/loss_per_sigma")] if per_sigma else []
-    figure, axes = _figure(2 if levels else 1, 8.8, 3.4)
+    figure, axes = make_figure(2 if levels else 1, 8.8, 3.4)
     _draw_loss(axes[0], rows)
     if levels:
         _draw_loss_per_sigma(axes[1], levels)
@@ -497,7 +499,7 @@ def _draw_loss(axis: Any, rows: Sequence[Row]) -> None:
         if len(at):
             axis.plot(at, value, color=colour, linewidth=1.2, marker="o", markersize=3, label=name)
     _log_scale(axis, np.concatenate(drawn))
-    _title(axis, "Loss", "step")
+    set_title(axis, "Loss", "step")
     _legend(axis)
 
 
@@ -528,7 +530,7 @@ def _draw_loss_per_sigma(axis: Any, rows: Sequence[Row]) -> None:
     )
     axis.set_xscale("log")
     _log_scale(axis, np.concatenate([line.get_ydata() for line in axis.lines]))
-    _title(axis, f"Loss per noise level, step {last.get('step', '?')}", "σ")
+    set_title(axis, f"Loss per noise level, step {last.get('step', '?')}", "σ")
     _legend(axis)
 
 

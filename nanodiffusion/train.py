@@ -160,7 +160,9 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> tor
             raise UserError(f"torch's {spec['name']} refuses its options", key="lr_schedule", found=str(e)) from None
         if (last := getattr(scheduler, "total_steps", config.steps)) < config.steps:
             expected = f"at least steps={config.steps}"
-            raise UserError("the schedule ends before the run", key="lr_schedule.total_steps", expected=expected, found=last)
+            raise UserError(
+                "the schedule ends before the run", key="lr_schedule.total_steps", expected=expected, found=last
+            )
         return scheduler
     factor = make(LR_SCHEDULES, spec, "lr_schedule", steps=config.steps)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: factor(k))
@@ -182,7 +184,7 @@ class Draw(NamedTuple):
 class Trainer:
     """Fits a denoiser to data: iterate over it, one `Step` per update. Its `state` is all a resumed run needs.
 
-    denoiser: or another module with its `net`, `precision`, `half` and `loss`, and `noise_shape` where its noise has not the
+    denoiser: or another module with its `net`, `precision` and `loss`, and `noise_shape` where its noise has not the
     shape of a sample. density: (n, generator) -> sigma (n), see noise.py. It is trained where `world.device` is.
     Raises UserError for a batch that does not divide, and after `max_bad_steps` non-finite updates in a row.
     """

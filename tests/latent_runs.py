@@ -13,7 +13,7 @@ from nanodiffusion.checkpoint import save_checkpoint, save_tensors
 from nanodiffusion.codec import AutoencoderKL, AutoencoderKLConfig
 from nanodiffusion.config import read_config
 from nanodiffusion.draw import draw
-from nanodiffusion.run import make_denoiser
+from nanodiffusion.objective import make_denoiser
 
 SMALL = {"name": "dit", "patch": 2, "dim": 8, "depth": 1, "heads": 2, "time_features": 8}
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,44 @@ def test_the_measured_scale_depends_on_the_seed_and_the_data_alone(trained):
     first = latent_statistics(net, trained.data, 0)
     torch.manual_seed(9)
     assert latent_statistics(net, trained.data, 0) == first
+
+
+# -- what is said to try next ----------------------------------------------------------------------------------------
+
+
+def pictures(folder: Path, *parts: str) -> Path:
+    """Eight pictures of 12 pixels in each of the parts of a folder."""
+    random = np.random.default_rng(0)
+    for part in parts:
+        (folder / part).mkdir(parents=True)
+        for i in range(8):
+            Image.fromarray(random.integers(0, 256, (12, 12, 3), np.uint8)).save(folder / part / f"{i}.png")
+    return folder
+
+
+TINY = "net.widths=[8,8] steps=1 batch_size=4 validate_every=0 sample_every=0 validation=0.2 device=cpu".split()
+
+
+@pytest.mark.parametrize("parts", [("",), ("train", "test")], ids=["whole", "parted"])
+def test_the_command_that_is_said_next_encodes_the_pictures_trained_on(tmp_path, monkeypatch, capsys, parts):
+    from nanodiffusion.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    source = pictures(tmp_path / "my pictures", *parts)
+    data = ["data.name=folder", f"data.path='{source}'", "data.size=8"]
+    assert main(["train", "autoencoder", *TINY, *data, f"out={tmp_path}"]) == 0
+    said = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if "nanodiffusion encode" in line]
+    assert main([*said[0][1:], "device=cpu"]) == 0
+    manifest = json.loads((tmp_path / "data/autoencoder/manifest.json").read_text())
+    assert (manifest["count"], manifest["shape"]) == (8, [4, 4, 4])
+
+
+def test_pictures_that_encode_cannot_read_are_asked_for(tmp_path, capsys):
+    from nanodiffusion.cli import main
+
+    array = [f"data={{name:array,path:'{squares(tmp_path)['path']}',key:x}}"]
+    assert main(["train", "autoencoder", *TINY, *array, f"out={tmp_path}"]) == 0
+    assert "nanodiffusion encode FOLDER codec=" in capsys.readouterr().out
 
 
 # -- what it refuses -------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """The benchmarks of the SD family run, and both sides compute the same: a typo must not wait for a lent GPU to be found."""
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench, latent, sd
+from benchmarks import bench, latent, loader, sd
 from nanodiffusion.nets import build_net, net_size
 
 
@@ -79,3 +80,25 @@ def test_both_sides_draw_guided_latents():
 def test_every_latent_side_is_a_case():
     named = [c for b in bench.latent_transformers().values() for group in b.groups.values() for c in group.values()]
     assert all(case.split()[0] == "latent" and case.split()[1] in latent.CASES for case in named)
+
+
+def test_both_loaders_give_the_same_latents(tmp_path):
+    file, shards = loader.write_array(tmp_path, 24), loader.write_shards(tmp_path, 24)
+    expected = {row.tobytes() for row in np.load(file)}
+    for case in (loader.ours(file, 6, True), loader.ours(file, 6, False), loader.theirs(shards, 6)):
+        batches = [case.run() for _ in range(4)]
+        rows = torch.cat([b if isinstance(b, torch.Tensor) else b[0] for b in batches])
+        levels = (rows.double() / loader.LIMIT + 1) * 127.5
+        torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+        assert len(rows) == 24 and rows.dtype == torch.float32
+        assert {row.tobytes() for row in levels.round().byte().numpy()} <= expected  # the buffer holds several passes
+
+
+def test_every_loader_side_is_a_case(monkeypatch):
+    monkeypatch.setattr(loader, "SAMPLES", 300)
+    (sides,) = bench.loader().groups.values()
+    assert {case.split()[1] for case in sides.values()} == loader.CASES.keys()
+    for build in loader.CASES.values():
+        case = build("cpu")
+        case.run()
+        assert case.units == loader.BATCH

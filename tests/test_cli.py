@@ -25,8 +25,7 @@ from nanodiffusion.cli.sample import Options
 from nanodiffusion.cli.train import plan
 from nanodiffusion.cli.words import parse_value
 from nanodiffusion.config import Config
-from nanodiffusion.objective import make_task
-from nanodiffusion.run import make_density, make_schedule
+from nanodiffusion.objective import make_density, make_schedule, make_task
 
 pytest.importorskip("hydra")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -360,7 +359,7 @@ def test_ctrl_c_outside_of_training_ends_with_130(monkeypatch: pytest.MonkeyPatc
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample_command, "prepare", interrupt)
+    monkeypatch.setattr(sample_command, "open_job", interrupt)
     assert main(["sample", str(trained)]) == 130
 
 

@@ -106,6 +106,7 @@ def test_the_result_says_all_that_makes_it_comparable(place: Path):
     assert found["features"] == {"name": "small", "sha256": sha256(net), "resize": "", "dim": 64}
     assert (found["samples"]["n"], found["reference"]["n"]) == (40, 50)
     assert found["reference"]["sha256"] == sha256(place / "b.npz")
+    assert found["pairwise"] == {"samples": 40, "reference": 50, "seed": 0}
     assert {"nanodiffusion", "torch", "numpy", "pillow", "python"} == set(found["versions"])
     assert "accuracy (features: small)" in found["metrics"]
     for score in found["metrics"].values():

@@ -478,7 +478,7 @@ def test_digests_of_large_files_are_remembered_until_they_change(tmp_path, monke
     assert (file_digest(large), file_digest(small)) == (of(b"x" * 100), of(b"y"))
     assert list(json.loads((tmp_path / "cache/sha256.json").read_text())) == [str(large.resolve())]
     with monkeypatch.context() as patch:
-        patch.setattr("nanodiffusion.cli.digest._read", lambda path: pytest.fail("read again"))
+        patch.setattr("nanodiffusion.cli.digest.file_sha256", lambda path: pytest.fail("read again"))
         assert file_digest(large) == of(b"x" * 100)
     large.write_bytes(b"z" * 100)
     os.utime(large, ns=(1, 1))

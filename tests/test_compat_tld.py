@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from nanodiffusion import distributed
 from nanodiffusion.cli import main as command
 from nanodiffusion.codec import PixelCodec
 from nanodiffusion.compat.tld import configs, data, denoiser, diffusion, train
@@ -446,8 +445,6 @@ def test_two_processes_train_as_one_with_their_batch(name, tmp_path):
     """E43: the README's notebook_launcher, on a CPU; the weights are those of one process with the whole batch."""
     if name == "accelerate":
         pytest.importorskip("accelerate")
-    if name == "launch" and not hasattr(distributed, "launch"):
-        pytest.skip("the core has no launcher of its own yet")
     files = arrays(tmp_path)
     (tmp_path / "script.py").write_text(SCRIPT.format(name=name, launch=LAUNCHERS[name]))
     run_python(tmp_path, *RUNNERS.get(name, []), "script.py")

@@ -14,7 +14,7 @@ import torch
 from tiny import IMAGES, POINTS, images, make_runner, rows, saved
 
 from nanodiffusion.checkpoint import latest
-from nanodiffusion.distributed import World, pick_device, world
+from nanodiffusion.distributed import World, launch, pick_device, world
 from nanodiffusion.errors import UserError
 from nanodiffusion.train import Step
 
@@ -195,6 +195,91 @@ def test_one_process_joins_no_group(monkeypatch):
 def test_a_device_that_is_not_there_is_one_message(name):
     with pytest.raises(UserError, match="no device"):
         pick_device(name)
+
+
+# -- from Python -----------------------------------------------------------------------------------------------------
+
+
+def meet(*numbers: float) -> dict[str, Any]:
+    """What a rank knows of itself, and a mean over all of them."""
+    with world("cpu") as here:
+        mine = {k: os.environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        return {"mean": here.mean(torch.tensor(numbers) * (here.rank + 1)).tolist(), "first": here.first, **mine}
+
+
+def fall() -> None:
+    """The last of them fails while the others wait for it."""
+    with world("cpu") as here:
+        if here.rank == here.size - 1:
+            raise ValueError("no luck")
+        here.barrier()
+
+
+def test_launch_starts_processes_that_meet_and_returns_what_the_first_says():
+    before = dict(os.environ)
+    expected = {"mean": [1.5, 15.0], "first": True, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    assert launch(meet, (1.0, 10.0), 2) == expected
+    assert dict(os.environ) == before and not torch.distributed.is_initialized()
+
+
+def test_launch_takes_functions_that_no_other_process_could_import():
+    """As those of a notebook; what JSON cannot say is not returned."""
+    assert launch(lambda *numbers: meet(*numbers)["mean"], (1.0, 10.0), 3) == [2.0, 20.0]
+    assert launch(lambda: torch.zeros(1)) is None
+
+
+def test_launch_of_one_process_is_a_call():
+    answer = object()
+    assert launch(lambda given: given, (answer,), 1) is answer
+
+
+def test_an_error_of_a_launched_rank_reaches_the_caller():
+    with pytest.raises(RuntimeError, match="rank 1 of 2: ValueError: no luck") as e:
+        launch(fall)
+    assert "in fall" in str(e.value)  # the traceback of the other process
+
+
+def test_a_users_error_of_a_launched_rank_stays_one():
+    def wrong() -> None:
+        raise UserError("this is odd", key="lr", found=os.environ["RANK"], fix="lr=1")
+
+    with pytest.raises(UserError, match=r"rank [01]: this is odd") as e:
+        launch(wrong)
+    assert e.value.details["key"] == "lr" and e.value.details["fix"] == "lr=1"
+
+
+def test_a_launched_rank_that_dies_is_named():
+    def die() -> None:
+        if os.environ["RANK"] == "1":
+            os._exit(3)
+
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2.*exit code 3"):
+        launch(die)
+
+
+@pytest.mark.parametrize(
+    ("function", "processes"), [(meet, 0), (meet, -1), ("meet", 2), (None, 1)], ids=["0", "-1", "text", "None"]
+)
+def test_nothing_to_launch_is_one_message(function, processes):
+    with pytest.raises(UserError, match="nothing to launch"):
+        launch(function, (), processes)
+
+
+def test_arguments_that_cannot_be_sent_are_one_message():
+    with pytest.raises(UserError, match="cannot be sent to another process"):
+        launch(meet, (lambda: 1.0,))
+
+
+def test_a_launched_process_launches_no_others(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="one of several processes already"):
+        launch(meet)
+
+
+def test_functions_of_a_notebook_are_refused_once_a_gpu_is_in_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(UserError, match="cannot see this function"):
+        launch(lambda: None)
 
 
 @pytest.mark.slow

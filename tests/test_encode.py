@@ -6,12 +6,15 @@ As a program, `python -m tests.test_encode JOB.json`, it encodes under kills and
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
+import weakref
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +28,12 @@ from nanodiffusion.codec import AutoencoderKL, AutoencoderKLConfig
 from nanodiffusion.data import load_data
 from nanodiffusion.data.encoded import read_manifest
 from nanodiffusion.distributed import World, world
-from nanodiffusion.encode import EncodeConfig, Encoder, square
+from nanodiffusion.encode import EncodeConfig, Encoder, Found, Source, square
 from nanodiffusion.errors import UserError
 from nanodiffusion.pretrained import load_codec
 from nanodiffusion.pretrained.architecture import vae_json
 from nanodiffusion.text import open_text
+from tests.test_shards import FAULTS, dirty_set
 from tests.tiny import IMAGES, make_runner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -225,6 +229,113 @@ def test_a_folder_of_captioned_pictures_is_read_in_the_order_of_its_names(place,
     assert "z.png" in (tmp_path / "x/faults.txt").read_text()
 
 
+def test_faults_of_a_folder_are_listed_and_left_out_and_a_second_reading_finds_the_same(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in "abcdefg":
+        picture(ord(name)).save(folder / f"{name}.png")
+    (folder / "a.txt").write_text("sound")
+    (folder / "b.txt").write_bytes(b"caf\xe9")
+    (folder / "c.json").write_text("[1]")
+    (folder / "d.json").write_text('{"width": 3}')
+    (folder / "e.png").write_bytes(b"no picture")
+    (folder / "f.png").write_bytes(b"")
+    rows = [("g.png", "one"), ("g.png", "two"), ("none.png", "of nothing"), ("../a.png", "outside")]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": t}) + "\n" for n, t in rows))
+    manifests = [encode(tmp_path / out, source=str(folder), text="words:8", size=SIZE) for out in "xy"]
+    assert (tmp_path / "x/faults.txt").read_text().splitlines() == [
+        "b.png: the caption is not UTF-8 at byte 3",
+        "c.png: the json is not an object",
+        "e.png: not a PNG, JPEG or WEBP",
+        "f.png: the file is empty",
+        "g.png: it has two captions",
+        "../a.png: the path leaves the folder",
+        "none.png: it has a caption, but there is no such picture",
+    ]
+    assert contents(tmp_path / "x") == contents(tmp_path / "y") and manifests[0]["faults"] == 7
+    assert load_data("encoded", path=str(tmp_path / "x")).captions == ("sound", "")
+    assert manifests[0]["census"]["without_caption"] == 1
+
+
+def test_shards_of_forty_kinds_of_fault_are_encoded_to_their_end_with_the_same_list_every_time(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    shards = dirty_set(folder)
+    source = f"{folder}/{{{','.join(s.stem for s in shards)}}}.tar"
+    manifests = [encode(tmp_path / out, source=source, size=SIZE) for out in "xy"]
+    assert contents(tmp_path / "x") == contents(tmp_path / "y")
+    faults = (tmp_path / "x/faults.txt").read_text().splitlines()
+    wanting = {"no_caption", "blank_caption", "json_without_caption"}  # sound, but without a caption
+    named = {kind: sum(bool(re.fullmatch(pattern_of(kind), fault)) for fault in faults) for kind in FAULTS}
+    assert named == {kind: int(kind not in wanting) for kind in FAULTS}
+    broken = {
+        "cut_in_data.tar",
+        "cut_in_header.tar",
+        "no_end.tar",
+        "no_tar.tar",
+        "empty.tar",
+        "nothing.tar",
+        "torn.tar",
+    }
+    assert {f.split(":")[0] for f in faults} - {"0.tar"} == broken
+    lines = (tmp_path / "x/captions.jsonl").read_text().splitlines()
+    keys = {json.loads(line)["key"] for line in lines}
+    assert wanting <= keys and "z" in keys and not (FAULTS.keys() - wanting) & keys
+    assert manifests[0]["faults"] == len(faults) > 40 and manifests[0]["count"] == len(lines)
+
+
+def pattern_of(kind):
+    """A pattern of the fault of that kind in the set of `dirty_set`."""
+    reason = re.sub(r"\bk\.", f"{kind}.", FAULTS[kind][1])
+    return rf"0\.tar:[^ ]*\b{kind}\b[^ ]*: {reason}"
+
+
+def test_faults_of_shards_of_one_name_in_two_folders_are_told_apart(place, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        shutil.copy(place / "shards/00001.tar", tmp_path / name)
+    encode(tmp_path / "x", source=f"{tmp_path}/{{a,b}}/00001.tar", size=SIZE)
+    faults = (tmp_path / "x/faults.txt").read_text().splitlines()
+    where = [f"{tmp_path}/{name}/00001.tar:bad: not a PNG, JPEG or WEBP" for name in "ab"]
+    assert faults == where
+
+
+def test_the_manifest_has_the_hash_of_every_file(place):
+    manifest = read_manifest(place / "whole")
+    files = contents(place / "whole")
+    del files["manifest.json"]
+    assert manifest["files"] == {k: {"sha256": sha256(v).hexdigest(), "size": len(v)} for k, v in files.items()}
+
+
+def test_pictures_of_bytes_differ_from_those_of_floats_as_little_as_noise_of_half_a_level_makes_them(place, tmp_path):
+    encode(tmp_path / "x", **options_of(place, sample="mean", flip=False))
+    data, codec = load_data("encoded", path=str(tmp_path / "x")), load_codec(place / "codec", device="cpu")
+    exact = codec.encode(torch.from_numpy(images()) / 255 * 2 - 1)
+    stored = data.batch(torch.arange(N))[0]
+    noise = (torch.rand(exact.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1) * data.limit / 255
+    decoded = codec.decode(exact)
+    by_bytes, by_noise = ((codec.decode(z) - decoded).square().mean().sqrt() for z in (stored, exact + noise))
+    assert 0 < float(by_bytes) < 1.2 * float(by_noise) < 0.1 * float(decoded.std())
+
+
+def test_no_more_pictures_than_a_batch_are_in_memory(monkeypatch, tmp_path):
+    alive, most = [0], [0]
+
+    def read(unit, faults):
+        for i in range(60):
+            x = np.full((1, 8, 8), i, np.uint8)
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+            weakref.finalize(x, lambda: alive.__setitem__(0, alive[0] - 1))
+            yield Found(f"{i}", "", i % 2, x)
+
+    source = Source(("0",), read, ("a", "b"), 8, 1)
+    monkeypatch.setattr("nanodiffusion.encode.open_source", lambda *args: source)
+    assert encode(tmp_path / "x", source="made", batch=4, part=20)["count"] == 60
+    assert alive == [0] and 1 <= most[0] <= 6
+    assert np.load(tmp_path / "x/latents.npy")[:, 0, 0, 0].tolist() == list(range(60))
+
+
 def test_grey_pictures_become_colour_where_the_codec_wants_it(place, tmp_path):
     encode(tmp_path / "x", source="digits", codec=str(place / "codec"), n=4, quantise=False, dtype="float32")
     x = load_data("digits").x[:4].expand(-1, 3, -1, -1) / 255 * 2 - 1
@@ -303,7 +414,7 @@ def harassed(folder, options, kills, seed=0):
     whole = time.perf_counter() - start
     counts = {"at_sync": 0, "timed": 0, "finished": 0}
     while counts["at_sync"] + counts["timed"] < kills or out.exists():
-        at = dice.randint(1, 6) if dice.random() < 0.6 else 0
+        at = dice.randint(1, 12) if dice.random() < 0.6 else 0
 
         def work(at=at):
             if at:
@@ -433,6 +544,23 @@ def test_a_mistake_is_one_message_and_exit_code_2(place, tmp_path, capsys, monke
     error = capsys.readouterr().err
     assert said in error and len(error.strip().splitlines()) <= 6
     assert not (tmp_path / "x/manifest.json").exists()
+
+
+def test_an_edited_manifest_is_not_gone_on_with(place, tmp_path):
+    shutil.copytree(place / "whole", tmp_path / "x")
+    file = tmp_path / "x/manifest.json"
+    file.write_bytes(file.read_bytes().replace(b'"count": 20', b'"count": 19'))
+    with pytest.raises(UserError, match="manifest is damaged"):
+        encode(tmp_path / "x", **options_of(place))
+
+
+def test_an_array_changed_afterwards_is_found_where_it_is_verified(place, tmp_path):
+    shutil.copytree(place / "whole", tmp_path / "x")
+    raw = bytearray((tmp_path / "x/flipped.npy").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "x/flipped.npy").write_bytes(raw)
+    with pytest.raises(UserError, match="not as it was"):
+        load_data("encoded", path=str(tmp_path / "x"), verify=True)
 
 
 def test_a_codec_of_other_channels_is_one_message(tmp_path, capsys):

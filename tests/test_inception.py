@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanodiffusion.checkpoint import content_hash
 from nanodiffusion.errors import UserError
-from nanodiffusion.evaluate.features import content_hash, converted, inception_features
+from nanodiffusion.evaluate.features import converted, inception_features
 from nanodiffusion.evaluate.inception import Inception
 from nanodiffusion.evaluate.resize import RESIZES
 

@@ -112,6 +112,12 @@ def test_parameters_are_nano_diffusions_and_the_null_class(options, seeds, dim):
         assert net_size(build_net("pixart", **options)) == seeds + dim
 
 
+def test_the_default_norm_has_no_bias_as_the_published_count_wants():
+    with torch.device("meta"):
+        net = PixArt(PixArtConfig())
+    assert net.config.norm == "rms" and not any(name.endswith("normalization_layer.bias") for name in net.state_dict())
+
+
 def test_keys_are_nano_diffusions_each_once():
     lin = lambda name: {f"{name}.weight", f"{name}.bias"}
     block = lin("multi_head_attn.out_proj") | lin("feedforward.0") | lin("feedforward.2")

@@ -308,7 +308,7 @@ def test_frames_go_from_text_to_text_on_a_straight_line(texts: Path, tmp_path: P
 
 def test_the_noise_of_frames_goes_along_a_great_circle(outpaints: Path, classes: Path, tmp_path: Path):
     """From seed to seed + 1 the noise has the length of its ends, and turns at a constant rate."""
-    job = sample_command.prepare(
+    job = sample_command.open_job(
         str(classes),
         *sample_command.read_words(["class=1", "frames=5", "noise=slerp", "seed=2"]),
         sample_command_world(),
@@ -392,7 +392,7 @@ BAD = {
     "too large": ("classes", ["size=20000000x8"], "at most 64 megapixels"),
     "no size": ("classes", ["size=large"], "this is no size"),
     "a panorama of a plain model": ("classes", ["panorama=3"], "needs a model that outpaints"),
-    "a film of a panorama": ("outpaints", ["panorama=3", "gif=x.gif"], "there is no gif of a panorama"),
+    "a film of a panorama": ("outpaints", ["panorama=3", "gif=x.gif"], "gif is not for a panorama"),
     "an unknown side": ("outpaints", ["panorama=3", "toward=north"], "valid: down, left, right, up"),
     "no tiles": ("outpaints", ["panorama=0"], "must be at least 1"),
     "no frames": ("classes", ["frames=0"], "must be at least 1"),
@@ -405,6 +405,10 @@ BAD = {
     "a codec of other latents": ("bare16", ["codec=CODEC"], "this codec does not fit the samples"),
     "a shift of pixels": ("bare16", ["latents=x.npz", "sharpness=0.1"], "shifts latents of 4 channels"),
     "latents of another kind": ("classes", ["latents=x.pt"], "a file of another kind"),
+    "an array of another kind": ("classes", ["npz=x.png"], "a file of another kind"),
+    "a picture of another kind": ("classes", ["grid=x.jpg"], "a file of another kind"),
+    "a film of another kind": ("classes", ["gif=x.mp4"], "a file of another kind"),
+    "one file for two things": ("classes", ["npz=x.npz", "latents=x.npz"], "a file each"),
 }
 
 

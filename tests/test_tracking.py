@@ -3,6 +3,8 @@
 import errno
 import json
 import math
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from tiny import POINTS, make_runner, rows
 from nanodiffusion import tracking
 from nanodiffusion.errors import UserError
 from nanodiffusion.tracking import Metrics, open_trackers
+from nanodiffusion.train import Step
 
 RUN = {**POINTS, "steps": 8, "log_every": 2, "validate_every": 4, "validation": 0.2}
 
@@ -83,21 +86,69 @@ def test_tensorboard_holds_every_scalar(tmp_path):
     assert all(values[step, key] == pytest.approx(value, rel=1e-6) for step, key, value in expected)  # kept as fp32
 
 
-@pytest.mark.slow  # the first use of the store creates its tables
-def test_mlflow_holds_every_scalar_in_its_sqlite_store(tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
-    pytest.importorskip("sqlalchemy")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
-    runners = [make_runner(tmp_path / name, RUN, trackers=["mlflow"], lr=lr) for name, lr in (("a", 0.01), ("b", 0.02))]
-    for name, runner, lr in zip("ab", runners, ("0.01", "0.02")):  # two of a sweep, in one process
-        runner.run()
-        client = mlflow.MlflowClient(f"sqlite:///{tmp_path / name / 'run/mlflow.db'}")
-        experiment = client.get_experiment_by_name("nanodiffusion")
-        (run,) = client.search_runs([experiment.experiment_id])
-        assert run.data.params["lr"] == lr and run.info.run_name == "run"
-        for step, key, value in scalars(tmp_path / name / "run"):
-            assert value in [m.value for m in client.get_metric_history(run.info.run_id, key) if m.step == step]
+# -- mlflow ------------------------------------------------------------------------------------------------------------
+
+SWEEP = {"a": 0.01, "b": 0.02}  # learning rates by the name of the run
+
+
+def stop(step: Step) -> None:
+    if step.step == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def mlflow_runs(tmp_path_factory) -> dict[str, Any]:
+    """Two runs of a sweep in one process, the first of them stopped and resumed; read back by MLflow's own client."""
+    import mlflow
+
+    out, options = tmp_path_factory.mktemp("mlflow"), {**RUN, "trackers": ["mlflow"], "sample_every": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(out)  # where mlflow would put what it is not told the place of
+        first = make_runner(out, options, name="a", lr=SWEEP["a"])
+        first.close(first.run(stop))
+        client = mlflow.MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
+        experiment = client.get_experiment_by_name("nanodiffusion").experiment_id
+        stopped = [(run.info.run_name, run.info.status) for run in client.search_runs([experiment])]
+        for name, lr in SWEEP.items():
+            runner = make_runner(out, options, name=name, lr=lr)
+            runner.close(runner.run())
+        made = sorted(path.name for path in out.iterdir())
+    runs = {run.info.run_name: run for run in client.search_runs([experiment])}
+    return {"out": out, "client": client, "runs": runs, "stopped": stopped, "made": made}
+
+
+def test_mlflow_shows_all_runs_of_a_folder_a_resumed_one_once(mlflow_runs):
+    client, runs = mlflow_runs["client"], mlflow_runs["runs"]
+    assert mlflow_runs["stopped"] == [("a", "KILLED")]
+    assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(SWEEP, "FINISHED")
+    assert len(client.search_runs([runs["a"].info.experiment_id])) == 2
+    assert mlflow_runs["made"] == ["a", "b", "mlflow-artifacts", "mlflow.db"]
+
+
+@pytest.mark.parametrize("name", SWEEP)
+def test_mlflow_holds_every_scalar_of_every_row(mlflow_runs, name):
+    client, run = mlflow_runs["client"], mlflow_runs["runs"][name].info.run_id
+    lines = [json.loads(line) for line in (mlflow_runs["out"] / name / "metrics.jsonl").read_text().splitlines()]
+    expected = [(r["step"], k, v) for r in lines for k, v in r.items() if k != "step" and not isinstance(v, list)]
+    keys = client.get_run(run).data.metrics
+    found = [(m.step, m.key, m.value) for key in keys for m in client.get_metric_history(run, key)]
+    assert sorted(found) == sorted(expected)  # each once, to the last digit
+    assert {step for step, key, _ in found if key == "loss"} == {2, 4, 6, 8}
+
+
+@pytest.mark.parametrize("name", SWEEP)
+def test_mlflow_holds_the_config_and_the_pictures(mlflow_runs, name):
+    client, run, folder = mlflow_runs["client"], mlflow_runs["runs"][name], mlflow_runs["out"] / name
+    params, config = run.data.params, json.loads((folder / "config.json").read_text())
+    assert (
+        params["lr"] == str(SWEEP[name]) and params["net.hidden"] == "[16, 16]" and params["data.name"] == "swiss-roll"
+    )
+    assert {key.split(".")[0] for key in params} == config.keys()
+    artifacts = Path(client.download_artifacts(run.info.run_id, ""))
+    assert json.loads((artifacts / "config.json").read_text()) == config
+    pictures = {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
+    assert len(pictures) == 4 and {p.name: p.read_bytes() for p in (artifacts / "samples").iterdir()} == pictures
 
 
 def fake(monkeypatch, **functions: Any) -> None:

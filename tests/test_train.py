@@ -161,6 +161,9 @@ def test_options_of_an_optimiser_reach_it():
         ("lr_schedule", {"name": "cosin"}),
         ("lr_schedule", {"name": "cosine", "warm_up": 3}),
         ("lr_schedule", {"name": "StepLR"}),
+        ("lr_schedule", {"name": "StepLR", "step_size": 0}),  # torch divides by it at its first step
+        ("lr_schedule", {"name": "CyclicLR", "base_lr": 0.1, "max_lr": 0.4, "step_size_up": 0}),
+        ("lr_schedule", {"name": "CosineAnnealingLR", "T_max": 0}),
         ("lr_schedule", {"name": "OneCycleLR", "max_lr": 1.0}),
         ("lr_schedule", {"name": "SequentialLR"}),
         ("weight", {"name": "min_snr", "gama": 5.0}),

@@ -1,6 +1,5 @@
 """The samples as files for further use: a PNG each, an npz or a safetensors, batch by batch, resumable and in parallel."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,11 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from nanodiffusion import show
-from nanodiffusion.checkpoint import load_meta, save_tensors
+from nanodiffusion.checkpoint import content_hash, load_meta, save_tensors
 from nanodiffusion.cli.job import Job
 from nanodiffusion.cli.pictures import images
 from nanodiffusion.distributed import World
@@ -114,15 +113,12 @@ class Array:
     """
 
     def __init__(self, job: Job, path: Path, key: str) -> None:
-        suffixes = {"npz": (".npz",), "latents": (".npz", ".safetensors")}[key]
-        if key == "latents" and path.suffix not in suffixes:
-            raise UserError("a file of another kind", key=key, expected=" or ".join(suffixes), found=path)
         self.job, self.path, self.key = job, path, key
         self.shown = key == "npz"
         self.name = "x" if len(job.run.shape) == 1 or not self.shown else "arr_0"
         self.parts = path.with_name(f"{path.name}.parts")
-        made = {"batch": job.batch, "weights_sha256": fingerprint(job.run.denoiser.net)}
-        made |= {"codec_sha256": fingerprint(job.run.codec)} if self.shown and job.latent else {}
+        made = {"batch": job.batch, "weights_sha256": content_hash(job.run.denoiser.net.state_dict())}
+        made |= {"codec_sha256": content_hash(job.run.codec.state_dict())} if self.shown and job.latent else {}
         self.settings = json.dumps(job.settings | made, sort_keys=True)
 
     def there(self) -> bool:
@@ -163,16 +159,6 @@ class Array:
 
     def _part(self, start: int) -> Path:
         return self.parts / f"{start:09d}.npy"
-
-
-def fingerprint(net: nn.Module) -> str:
-    """SHA-256 of a net's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
-        digest.update(
-            name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()
 
 
 def settings_of(path: Path, key: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from nanodiffusion.checkpoint import file_sha256
 from nanodiffusion.data.download import cache_dir
 from nanodiffusion.errors import UserError
 from nanodiffusion.show import atomic
@@ -21,10 +22,10 @@ def file_digest(path: str | Path) -> str:
     try:
         size, when = path.stat().st_size, path.stat().st_mtime_ns
         if size < REMEMBERED:
-            return _read(path)
+            return file_sha256(path)
         name, known = str(path.resolve()), _remembered()
         if known.get(name, [])[:2] != [size, when]:
-            known[name] = [size, when, _read(path)]
+            known[name] = [size, when, file_sha256(path)]
             _remember(known)
         return known[name][2]
     except OSError as e:
@@ -35,11 +36,6 @@ def digest(files: Sequence[str | Path]) -> str:
     """The SHA-256 of a file, or of the SHA-256s of several joined, as `Bundle.sha256` has it."""
     digests = [file_digest(file) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _read(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _store() -> Path:

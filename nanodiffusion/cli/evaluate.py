@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from nanodiffusion import show
-from nanodiffusion.checkpoint import checkpoints
+from nanodiffusion.checkpoint import checkpoints, content_hash
 from nanodiffusion.cli.measured import LEAST, Reference, Task, limited, measure, open_features, read_task
+from nanodiffusion.cli.pictures import images
 from nanodiffusion.cli.words import changed
 from nanodiffusion.config import SampleConfig
 from nanodiffusion.draw import check_sampling, draw
 from nanodiffusion.errors import UserError, lookup, need
 from nanodiffusion.evaluate import statistics as stats
-from nanodiffusion.evaluate.features import content_hash
 from nanodiffusion.evaluate.images import Images, open_images
 from nanodiffusion.fast import tune
 from nanodiffusion.run import Run, load_run
@@ -56,7 +56,7 @@ def save_only(task: Task, images: Images) -> int:
     features = open_features(task, images, None, images)
     found = stats.summarise(features(images, task.get("batch", 64)), images, features)
     stats.save(Path(task.options["save"]), found)
-    print(f"wrote {task.options['save']}: {found.n} images, {features.name} {features.resize}")
+    print(f"wrote {task.options['save']}: {found.n} images, {' '.join(filter(None, (features.name, features.resize)))}")
     return 0
 
 
@@ -95,9 +95,8 @@ def drawn(task: Task, run: Run, changes: Mapping[str, Any] | None = None) -> Ima
 
 def _decoded(run: Run, config: SampleConfig, seeds: Sequence[int], cond: Mapping[str, Tensor]) -> Tensor:
     """uint8 (b c h w) at these seeds. UserError: NaN."""
-    own = {name: value[: len(seeds)] for name, value in cond.items()}
-    *_, last = draw(run.denoiser, run.shape, run.schedule, config, seeds, own)
-    x = run.images(last.x)
+    *_, last = draw(run.denoiser, run.shape, run.schedule, config, seeds, cond)
+    x = images(run, last.x)
     if not bool(torch.isfinite(x).all()):
         raise UserError("images hold NaN or infinity", file=run.folder, expected="finite numbers")
     return show.to_uint8(x).permute(0, 3, 1, 2).cpu()
@@ -169,7 +168,7 @@ def _points(task: Task, kind: str, values: Sequence[Any]) -> Iterator[tuple[Any,
 def plot(kind: str, rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     """A panel for every measure, its interval shaded: one PIL picture."""
     names = list(rows[0]["metrics"])
-    figure, axes = show._figure(len(names), 4.2 * len(names), 3.2)
+    figure, axes = show.make_figure(len(names), 4.2 * len(names), 3.2)
     for axis, name in zip(axes, names):
         points = sorted(((row["value"], row["metrics"][name]) for row in rows), key=lambda point: point[0])
         x, found = [p[0] for p in points], [p[1] for p in points]
@@ -177,5 +176,5 @@ def plot(kind: str, rows: Sequence[Mapping[str, Any]]) -> Image.Image:
         if all("low" in f for f in found):
             limits = ([f[end] for f in found] for end in ("low", "high"))
             axis.fill_between(x, *limits, color=show.COLOURS[0], alpha=0.15)
-        show._title(axis, name, kind)
-    return show._render(figure)
+        show.set_title(axis, name, kind)
+    return show.render(figure)

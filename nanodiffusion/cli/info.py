@@ -18,8 +18,9 @@ from nanodiffusion.data.files import SUFFIXES
 from nanodiffusion.errors import UserError, nearest
 from nanodiffusion.metadata import read_settings
 from nanodiffusion.nets import net_flops, net_size
+from nanodiffusion.objective import make_denoiser
 from nanodiffusion.pretrained.weights import PICKLES, pickled, source_of
-from nanodiffusion.run import find_checkpoint, make_denoiser
+from nanodiffusion.run import find_checkpoint
 
 Facts = dict[str, Any]
 

@@ -27,6 +27,8 @@ NOISES = ("seed", "slerp")  # of frames: one seed's for all, or on the way from 
 ROWS = 20  # of a picture of trajectories, at most
 PICTURES = ("grid", "strip", "gif", "mp4", "trajectories")
 FILES = ("out", "npz")  # these hold pictures too
+ENDINGS = {"gif": (".gif",), "mp4": (".mp4",), "npz": (".npz",), "latents": (".npz", ".safetensors")}  # else .png
+STRENGTH = 0.6  # of image to image: the last 60 % of the steps
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,11 @@ class Job:
 # -- from words --------------------------------------------------------------------------------------------------------
 
 
-def prepare(path: str, options: dict[str, Any], changes: dict[str, Any], w: World) -> Job:
+def open_job(path: str, options: dict[str, Any], changes: dict[str, Any], w: World) -> Job:
     """The job that checked words describe; UserError for everything that cannot be, before anything is drawn."""
-    _check_numbers(options)
+    _check_options(options)
+    if "image" in options and "panorama" not in options:
+        options = {"strength": STRENGTH, **options}
     run = load_run(path, options.get("weights", "ema-0"), w.device, options.get("best", False))
     if (task := run.config.task["name"]) != "denoise":
         raise UserError("this run draws nothing", file=path, found=f"task {task}", fix="codec=RUN/codec in another run")
@@ -179,12 +183,18 @@ RECORDED = (
 )  # where they were given
 
 
-def _check_numbers(options: Mapping[str, Any]) -> None:
+def _check_options(options: Mapping[str, Any]) -> None:
     for key in ("n", "batch", "frames", "panorama"):
         if options.get(key, 1) < 1:
             raise UserError("must be at least 1", key=key, found=options[key])
     if options.get("seed", 0) < 0:
         raise UserError("must not be negative", key="seed", found=options["seed"])
+    for key in (*PICTURES, "npz", "latents"):
+        endings = ENDINGS.get(key, (".png",))
+        if not str(options.get(key, endings[0])).lower().endswith(endings):
+            raise UserError("a file of another kind", key=key, expected=" or ".join(endings), found=options[key])
+    if "npz" in options and options["npz"] == options.get("latents"):
+        raise UserError("pictures and latents need a file each", key="latents", found=options["latents"])
     if "strength" in options and "image" not in options:
         raise UserError("strength needs a picture to start from", key="strength", fix="image=FILE strength=0.6")
     if "frames" in options and "n" in options:
@@ -271,7 +281,7 @@ def _check_outpainting(run: Run, options: Mapping[str, Any]) -> None:
         raise UserError("a panorama needs a model that outpaints", key="panorama", found=run.folder, fix=fix)
     for key in ("strip", "gif", "mp4", "trajectories", "frames", "strength"):
         if key in options:
-            raise UserError(f"there is no {key} of a panorama", key=key, fix="grid=, out=, npz= or latents=")
+            raise UserError(f"{key} is not for a panorama", key=key, fix="grid=, out=, npz= or latents=")
 
 
 def _outpainting(run: Run, wanted: Wanted) -> Wanted:

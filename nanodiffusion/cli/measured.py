@@ -79,7 +79,7 @@ class Task(NamedTuple):
     def is_run(self) -> bool:
         """Whether images are drawn rather than read."""
         path = Path(self.where)
-        return (path / "manifest.json").is_file() or (path / "checkpoint").is_dir()
+        return (path / "state.json").is_file() or (path / "checkpoint").is_dir()
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
@@ -123,9 +123,10 @@ def limited(images: Images, task: Task) -> Images:
 
 def enough(n: int, name: object, task: Task) -> None:
     """UserError where n images are too few to be measured, unless that is wanted."""
-    if n < (2 if task.get("force", False) else LEAST):
+    least = 2 if task.get("force", False) else LEAST
+    if n < least:
         fix = "force=true measures them all the same: distances of so few are larger, and not comparable"
-        raise UserError("too few images", file=name, expected=f"{LEAST} or more", found=n, fix=None if n < 2 else fix)
+        raise UserError("too few images", file=name, expected=f"{least} or more", found=n, fix=None if n < 2 else fix)
 
 
 # -- features ----------------------------------------------------------------------------------------------------------
@@ -257,6 +258,7 @@ def measure(task: Task, samples: Images, reference: Reference, metrics: Sequence
         },
         "reference": {"name": reference.name, "n": reference.statistics.n, **reference.told},
         "features": {"name": features.name, "sha256": features.sha256, "resize": features.resize, "dim": features.dim},
+        "pairwise": pairwise(len(x), reference.statistics),
         "notes": _notes(task, samples, reference),
         "versions": {
             "nanodiffusion": __version__,
@@ -268,6 +270,12 @@ def measure(task: Task, samples: Images, reference: Reference, metrics: Sequence
         "device": str(task.device),
         "seconds": round(time.perf_counter() - start, 2),
     }
+
+
+def pairwise(n: int, reference: Statistics) -> dict[str, int]:
+    """How many features of each side kernel, precision, recall, density and coverage compare, and what chooses them of n."""
+    held = 0 if reference.examples is None else len(reference.examples)
+    return {"samples": min(n, stats.EXAMPLES), "reference": held, "seed": stats.SEED}
 
 
 def as_dict(score: Score) -> dict[str, Any]:

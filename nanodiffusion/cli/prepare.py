@@ -1,6 +1,5 @@
 """`nanodiffusion prepare SOURCE out=DIR`: URLs, captioned folders and published sets to shards, and what is in them."""
 
-import hashlib
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanodiffusion import prepare
+from nanodiffusion.checkpoint import file_sha256
 from nanodiffusion.cli.words import parse_value, read_pairs
 from nanodiffusion.data import urls
 from nanodiffusion.data.captions import TEMPLATE
@@ -261,9 +261,7 @@ def _fetch(order: Order) -> urls.Fetch:
 def _plan(fetch: urls.Fetch) -> dict[str, Any]:
     """What must be the same for a resumed call."""
     keys = ("url", "caption", "size", "resize", "encode", "per_shard")
-    with open(fetch.table.file, "rb") as file:
-        table = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"source": "table", "table": table, **{key: getattr(fetch, key) for key in keys}}
+    return {"source": "table", "table": file_sha256(fetch.table.file), **{key: getattr(fetch, key) for key in keys}}
 
 
 def _look(fetch: urls.Fetch, shards: Sequence[urls.Shard], code: int) -> int:

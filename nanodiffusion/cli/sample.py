@@ -12,7 +12,7 @@ from PIL import Image
 
 from nanodiffusion import show
 from nanodiffusion.cli.arrays import write
-from nanodiffusion.cli.job import FILES, PICTURES, Job, prepare
+from nanodiffusion.cli.job import FILES, PICTURES, Job, open_job
 from nanodiffusion.cli.pictures import film, film_pace, images, joined, sheet, strip, trajectories
 from nanodiffusion.cli.words import parse_value, read_pairs
 from nanodiffusion.config import SampleConfig, check_options
@@ -70,7 +70,7 @@ def main(args: Namespace) -> int:
     with world(options.get("device", "auto")) as w:
         tune(w.device)
         say: Callable[[str], None] = print if w.first else lambda text: None
-        job = prepare(path, options, changes, w)
+        job = open_job(path, options, changes, w)
         if w.first:
             for name in [p for p in PICTURES if p in options]:
                 say(str(draw(job, name, Path(options[name]))))

@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -14,12 +15,14 @@ from tqdm import tqdm
 from nanodiffusion.cli.pictures import draw_run
 from nanodiffusion.cli.recipes import compose, expand, find_recipe, flow, parse_overrides
 from nanodiffusion.config import Config, read_config
+from nanodiffusion.data.files import SPLITS
 from nanodiffusion.distributed import world
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.fast import tune
 from nanodiffusion.nets import net_flops, net_size
+from nanodiffusion.objective import fit_net, make_denoiser
 from nanodiffusion.report import load_metrics, write_report
-from nanodiffusion.run import Runner, fit_net, load_run, make_data, make_denoiser
+from nanodiffusion.run import Runner, load_run, make_data
 from nanodiffusion.show import loss_plot, save_png
 from nanodiffusion.train import Step
 
@@ -206,10 +209,22 @@ def _samplings(runner: Runner) -> list[str]:
 
 
 def _encodings(runner: Runner) -> list[str]:
-    codec, out = shlex.quote(str(runner.folder / "codec")), shlex.quote(f"data/{runner.config.name}")
-    source = runner.config.data["name"]
-    train = f"nanodiffusion train latent-dit data.path={out}"
-    return [f"nanodiffusion encode {shlex.quote(source)} codec={codec} out={out}", train]
+    codec, out = runner.folder / "codec", f"data/{runner.config.name}"
+    words = [_pictures(runner.config.data), f"codec={codec}", f"size={runner.data.shape[-1]}", f"out={out}"]
+    return [
+        shlex.join(["nanodiffusion", *command])
+        for command in (["encode", *words], ["train", "latent-dit", f"data.path={out}"])
+    ]
+
+
+def _pictures(data: Mapping[str, Any]) -> str:
+    """A source of `nanodiffusion encode` with the pictures of a run's training data, where it has one."""
+    from nanodiffusion.encode import SETS  # slow to import
+
+    if data["name"] != "folder":
+        return data["name"] if data["name"] in SETS else "FOLDER"
+    parted = all((Path(data["path"]) / split).is_dir() for split in SPLITS)
+    return str(Path(data["path"]) / "train") if parted else str(data["path"])
 
 
 TRIES: dict[str, Callable[[Runner], list[str]]] = {"denoise": _samplings, "autoencode": _encodings}

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanodiffusion.draw import cycled
 from nanodiffusion.errors import UserError, lookup, need
 from nanodiffusion.run import Run
 
-FILES = (".yaml", ".yml", ".txt")
+LISTS = (".yaml", ".yml", ".txt")  # files of classes or texts
 WIDE = 20  # columns of a grid, at most
 MOST = 10_000_000  # images that a file may ask for
 
@@ -104,7 +105,7 @@ def choose_labels(run: Run, wanted: Any, n: int) -> tuple[Tensor, int]:
     """Labels (n) of classes, and how many columns show them best: a number, a name, a list, None for no class, "all"."""
     null = int(run.denoiser.net.null_label)  # type: ignore[arg-type]
     if wanted == "all":
-        return torch.arange(n) % null, null if null <= WIDE else 0
+        return cycled(n, null), null if null <= WIDE else 0
     names = {name: i for i, name in enumerate(run.classes)}
     numbers = [_label(run, names, w, null) for w in (wanted if isinstance(wanted, list) else [wanted])]
     labels = torch.tensor(cycle(numbers, n, "class"))
@@ -117,8 +118,9 @@ def _label(run: Run, names: Mapping[str, int], wanted: Any, null: int) -> int:
     if isinstance(wanted, str):
         return lookup(names, wanted, "class")
     if not isinstance(wanted, int) or isinstance(wanted, bool) or not 0 <= wanted < null:
-        known = ", ".join(f"{i} {name}" if str(i) != name else name for i, name in enumerate(run.classes[:20]))
-        raise UserError("no such class", key="class", expected=f"0 to {null - 1} ({known}), or null", found=wanted)
+        known = ", ".join(f"{i} {name}" for i, name in enumerate(run.classes[:20]) if str(i) != name)
+        expected = f"0 to {null - 1}{known and f' ({known})'}, or null"
+        raise UserError("no such class", key="class", expected=expected, found=wanted)
     return wanted
 
 
@@ -161,7 +163,7 @@ def embed(
 
 
 def _is_file(wanted: Any) -> bool:
-    return isinstance(wanted, str) and wanted.lower().endswith(FILES)
+    return isinstance(wanted, str) and wanted.lower().endswith(LISTS)
 
 
 def _agreed(lists: Mapping[str, "List"], n: int | None) -> int:

@@ -119,7 +119,7 @@ class CosineNoiseScheduler(_NoiseScheduler):
 
     def _curve(self, t: Tensor) -> Tensor:
         c = self.config
-        return noise._ramp(lambda u: torch.cos(u * torch.pi / 2) ** (2 * c.tau), t, c.start, c.end)
+        return noise.cosine_curve(t, c.start, c.end, c.tau)
 
 
 class SigmoidNoiseScheduler(_NoiseScheduler):
@@ -129,7 +129,7 @@ class SigmoidNoiseScheduler(_NoiseScheduler):
 
     def _curve(self, t: Tensor) -> Tensor:
         c = self.config
-        return noise._ramp(lambda u: torch.sigmoid(u / c.tau), t, c.start, c.end)
+        return noise.sigmoid_curve(t, c.start, c.end, c.tau)
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------

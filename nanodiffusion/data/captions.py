@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from nanodiffusion.data.files import SIDECARS, SUFFIXES
 from nanodiffusion.data.shards import (
     CAPTION_KEYS,
+    MAX_BYTES,
     MAX_TEXT,
     Fault,
     checked_caption,
@@ -44,13 +45,9 @@ def read_captioned(path: str | Path, template: str = TEMPLATE, faults: list[str]
     unreadable one, is a UserError; with it, it is left out and named, "cats/x.png: reason". Hidden files are not seen.
     """
     root = Path(path)
-    check_template(template)
-    pictures = _pictures(root)
-    classes = class_names(pictures)
-    said, found = _said(root), list[str]()
-    rows = [row for row in (_captioned(root, name, said, classes, template, found) for name in pictures) if row]
-    alone = {name: said[name] for name in sorted(said.keys() - set(pictures))}
-    found += [f"{name}: {caption if isinstance(caption, Fault) else MISSING}" for name, caption in alone.items()]
+    judged, _ = judge_captioned(root, template)
+    rows = [row for row in judged.values() if not isinstance(row, Fault)]
+    found = [f"{name}: {row}" for name, row in judged.items() if isinstance(row, Fault)]
     if found and faults is None:
         fix = "mend or remove them" if rows else "x.txt beside x.png, metadata.jsonl, captions.json or class folders"
         raise UserError(
@@ -65,7 +62,22 @@ def read_captioned(path: str | Path, template: str = TEMPLATE, faults: list[str]
     return rows
 
 
-MISSING = "it has a caption, but there is no such picture"
+def judge_captioned(
+    root: Path, template: str = TEMPLATE, need_caption: bool = True
+) -> tuple[dict[str, Captioned | Fault], tuple[str, ...]]:
+    """What `read_captioned` finds by relative path, pictures, sorted, then names that only a table knows; the classes.
+
+    Where `need_caption` is false a picture without a caption, or with an empty one, is sound, and its caption "".
+    """
+    check_template(template)
+    pictures = _pictures(root)
+    classes = class_names(pictures)
+    said = _said(root)
+    judged = {name: _captioned(root, name, said, classes, template, need_caption) for name in pictures}
+    alone = {name: said[name] for name in sorted(said.keys() - judged.keys())}
+    missing = Fault("it has a caption, but there is no such picture")
+    judged |= {name: caption if isinstance(caption, Fault) else missing for name, caption in alone.items()}
+    return judged, classes
 
 
 def check_template(template: str) -> str:
@@ -102,8 +114,8 @@ def _pictures(root: Path) -> list[str]:
 
 
 def _captioned(
-    root: Path, name: str, said: Mapping[str, Any], classes: tuple[str, ...], template: str, faults: list[str]
-) -> Captioned | None:
+    root: Path, name: str, said: Mapping[str, Any], classes: tuple[str, ...], template: str, needed: bool
+) -> Captioned | Fault:
     top = PurePosixPath(name).parts[0]
     try:
         caption = said[name] if name in said else _beside(root / name)
@@ -111,10 +123,10 @@ def _captioned(
             raise caption
         if caption is None and classes:
             caption = template.format(spoken(top))
-        return Captioned(root / name, checked_caption(caption), classes.index(top) if classes else None)
+        caption = "" if caption is None and not needed else checked_caption(caption, needed)
+        return Captioned(root / name, caption, classes.index(top) if classes else None)
     except Fault as e:
-        faults.append(f"{name}: {e}")
-        return None
+        return e
 
 
 def _beside(picture: Path) -> Any:
@@ -125,7 +137,7 @@ def _beside(picture: Path) -> Any:
             raw = _raw(file)
             if suffix != ".json":
                 return decode_text(raw)
-            return checked_caption(caption_of(decode_json(raw)))
+            return caption_of(decode_json(raw))
     return None
 
 
@@ -137,6 +149,20 @@ def _raw(file: Path) -> bytes:
         raise Fault(f"{file.name} cannot be read: {e.strerror}") from None
     if len(raw) > MAX_TEXT:
         raise Fault(f"{file.name} has more than {MAX_TEXT} bytes")
+    return raw
+
+
+def picture_bytes(file: Path) -> bytes:
+    """A picture's file, undecoded; Fault where it cannot be read, is empty or is too large."""
+    try:
+        with open(file, "rb") as f:
+            raw = f.read(MAX_BYTES + 1)
+    except OSError as e:
+        raise Fault(f"the file cannot be read: {e.strerror}") from None
+    if len(raw) > MAX_BYTES:
+        raise Fault(f"more than {MAX_BYTES} bytes")
+    if not raw:
+        raise Fault("the file is empty")
     return raw
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanodiffusion.checkpoint import file_sha256
 from nanodiffusion.data.files import SPLITS
 from nanodiffusion.data.tensors import split as split_data
 from nanodiffusion.errors import UserError, few, lookup, need
@@ -337,12 +338,6 @@ def check_files(folder: Path, manifest: Mapping[str, Any], verify: bool = False)
             raise UserError(
                 "this file is not as it was", file=path, expected=expected, found=f"{found[:16]}...", fix=fix
             )
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_captions(path: Path) -> list[str]:

@@ -115,16 +115,17 @@ def _is_url(name: str) -> bool:
 
 
 def read_shards(
-    shards: Iterable[str], faults: Faults, *, need_caption: bool = True, workers: int = 0
+    shards: Iterable[str], faults: Faults, *, need_caption: bool = True, workers: int = 0, names: Sequence[str] = ()
 ) -> Iterator[Sample]:
     """The sound samples of shards, in their order; each other one is left out and named, "shard.tar:key: reason".
 
     The caption is the txt, else the json's caption, text or prompt. Without one a sample needs a cls (then ""), unless
     `need_caption` is false. `workers` threads decode ahead; order and faults do not depend on it.
+    names: what faults call the shards; left out, `shard_names` of them.
     UserError: a shard that cannot be had at all.
     """
     shards = [os.fspath(shard) for shard in shards]
-    names = _shown(shards)
+    names = names or shard_names(shards)
     tell = faults.append if isinstance(faults, list) else faults
     found = (item for shard, name in zip(shards, names) for item in _groups(shard, name))
     for item in ahead(lambda item: _judge(item, need_caption), found, workers):
@@ -134,7 +135,7 @@ def read_shards(
             yield item
 
 
-def _shown(shards: Sequence[str]) -> list[str]:
+def shard_names(shards: Sequence[str]) -> list[str]:
     """How shards are called: by the file's name, or in full where two have the same."""
     names = [shard.rstrip("/").rsplit("/", 1)[-1] for shard in shards]
     return names if len(set(names)) == len(set(shards)) else list(shards)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanodiffusion.checkpoint import load_tensors, load_weights, save_tensors
+from nanodiffusion.checkpoint import content_hash, load_tensors, load_weights, save_tensors
 from nanodiffusion.data.download import Published, cache_dir
 from nanodiffusion.data.tensors import order
 from nanodiffusion.errors import UserError, lookup
@@ -59,15 +59,6 @@ def converted(tensors: dict[str, Tensor], file: Path) -> None:
         net = Inception()
     load_weights(net, {k: v.to("meta") for k, v in tensors.items()}, file)
     save_tensors(file, tensors, {"published": INCEPTION.sha256, "content": content_hash(tensors)})
-
-
-def content_hash(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names and numbers."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def inception_features(file: Path, resize: str, device: str | torch.device = "cpu") -> Features:

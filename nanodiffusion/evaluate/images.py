@@ -78,6 +78,9 @@ def open_images(where: str, split: str = "train", size: int = 0) -> Images:
         return of_data(load_data(where, split), where)
     if path.suffix == ".npz":
         return of_npz(path)
+    if (path / "latents.npy").is_file():
+        fix = "the pictures that were encoded, or a RUN, which decodes what it draws"
+        raise UserError("latents are no images", file=where, expected="an .npz or a folder of images", fix=fix)
     if path.is_dir():
         return of_folder(path, size)
     if path.suffix == ".tar" or "{" in where:

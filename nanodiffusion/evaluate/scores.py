@@ -10,7 +10,7 @@ from nanodiffusion.data.tensors import epoch_order
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.evaluate.distances import Moments, frechet, kernel_subsets, moments
 from nanodiffusion.evaluate.manifold import coverage_terms, density_terms, discriminant, precision_terms, recall_terms
-from nanodiffusion.evaluate.statistics import EXAMPLES, Statistics
+from nanodiffusion.evaluate.statistics import Statistics, chosen
 
 GROUPS, T_95 = 10, 2.262  # of the jackknife; Student's t of 9 degrees of freedom
 RESAMPLES, SUBSETS, SUBSET = 1000, 100, 1000
@@ -38,8 +38,8 @@ class Sides(NamedTuple):
 
     @property
     def few(self) -> Tensor:
-        """At most EXAMPLES of x, in double precision."""
-        return self.x[epoch_order(len(self.x), 0, 0)[:EXAMPLES]].double()
+        """Those of x that pairwise measures use (<= EXAMPLES d), in double precision."""
+        return self.x[chosen(len(self.x))].double()
 
     @property
     def real(self) -> Tensor:

@@ -20,7 +20,7 @@ from nanodiffusion.evaluate.distances import Moments, from_covariance, moments
 from nanodiffusion.evaluate.features import Features
 from nanodiffusion.evaluate.images import Images, npz_errors
 
-EXAMPLES = 10_000  # features of each side that pairwise measures use, at most
+EXAMPLES, SEED = 10_000, 0  # features of each side that pairwise measures use, at most; what chooses them
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +50,14 @@ def describe(images: Images, features: Features) -> dict[str, Any]:
     }
 
 
+def chosen(n: int) -> Tensor:
+    """Which of n features pairwise measures use: (<= EXAMPLES) int64."""
+    return epoch_order(n, SEED, 0)[:EXAMPLES]
+
+
 def summarise(x: Tensor, images: Images, features: Features) -> Statistics:
     """Of the features x (n d) of images."""
-    index = epoch_order(len(x), 0, 0)[:EXAMPLES]
+    index = chosen(len(x))
     labels = None if images.labels is None else images.labels[index]
     return Statistics(moments(x), x[index], labels, images.classes, describe(images, features))
 
@@ -122,7 +127,7 @@ def check_same(known: Statistics, features: Features, file: object) -> list[str]
     about = known.about
     for key, ours in (("features", features.name), ("features_sha256", features.sha256), ("resize", features.resize)):
         if key in about and about[key] != ours and not (key == "features" and about.get("features_sha256")):
-            fix = f"features={about.get('features')} resize={about.get('resize')}"
+            fix = " ".join(f"{name}={about[name]}" for name in ("features", "resize") if about.get(name))
             raise UserError(
                 "these are statistics of other features", file=file, key=key, expected=ours, found=about[key], fix=fix
             )

@@ -62,10 +62,7 @@ class LabelEmbedding(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
     def forward(self, label: Tensor | None) -> Tensor:
-        if label is None:
-            null = self.embedding_table.num_embeddings - 1
-            raise UserError("the net is class-conditional", key="label", expected=f"0 to {null} ({null}: no class)")
-        return self.embedding_table(label)
+        return self.embedding_table(check_label(label, self.embedding_table.num_embeddings - 1))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -157,6 +154,13 @@ def check_share(config: object, *names: str) -> None:
             raise UserError("this is a share", key=name, expected="0 or more, below 1", found=getattr(config, name))
 
 
+def check_label(label: Tensor | None, null: int) -> Tensor:
+    """label (b), or a UserError unless it is there; null: the class that stands for none."""
+    if label is None:
+        raise UserError("the net is class-conditional", key="label", expected=f"0 to {null} ({null}: no class)")
+    return label
+
+
 def check_pooled(pooled: Tensor | None, b: int, dim: int) -> Tensor:
     """pooled, or a UserError unless it is there and (b dim)."""
     if pooled is None or pooled.shape != (b, dim):
@@ -173,5 +177,7 @@ def joined(x: Tensor, concat: Tensor | None, channels: int) -> Tensor:
     want = (len(x), channels, *x.shape[2:])
     if concat is None or concat.shape != want:
         found = "nothing" if concat is None else tuple(concat.shape)
-        raise UserError("the net also reads a known part", key="concat", expected=want, found=found)
+        other = None if concat is None or concat.shape[1] == channels else concat.shape[1]
+        fix = f"net.concat_channels={other}" if other else None
+        raise UserError("the net also reads a known part", key="concat", expected=want, found=found, fix=fix)
     return torch.cat([x, concat.to(x.dtype)], dim=1)

@@ -16,6 +16,7 @@ from nanodiffusion.nets.layers import (
     MultiHead,
     RMSNorm,
     check_choice,
+    check_label,
     check_multiple,
     check_positive,
     check_sample,
@@ -231,7 +232,4 @@ class PixArt(nn.Module):
         """The class as one token (b 1 d); None of an unconditional net."""
         if self.context_embedding is None:
             return None
-        if label is None:
-            null = self.config.num_classes
-            raise UserError("the net is class-conditional", key="label", expected=f"0 to {null} ({null}: no class)")
-        return self.context_embedding(label)[:, None]
+        return self.context_embedding(check_label(label, self.config.num_classes))[:, None]

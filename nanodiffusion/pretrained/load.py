@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from nanodiffusion.checkpoint import file_sha256
 from nanodiffusion.codec import SD_VAE, SDXL_VAE, AutoencoderKL, AutoencoderKLConfig, TinyAutoencoder
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.distributed import pick_device
@@ -123,15 +124,10 @@ class Bundle:
     def sha256(self) -> str:
         """SHA-256 of the file, or of all weight files' digests in order; read once, then remembered in `source`."""
         if "sha256" not in self.source:
-            digests = [_digest(Path(file)) for file in self.source["files"]]
+            digests = [file_sha256(Path(file)) for file in self.source["files"]]
             whole = hashlib.sha256("".join(digests).encode()).hexdigest()
             self.source["sha256"] = digests[0] if len(digests) == 1 else whole
         return self.source["sha256"]
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 # -- one network ---------------------------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from nanodiffusion.checkpoint import content_hash
 from nanodiffusion.errors import UserError
 from nanodiffusion.text.encoder import CLIPText
 from nanodiffusion.text.tokenizer import CLIPTokenizer
@@ -103,7 +104,7 @@ class CLIPPooled:
     def __init__(self, net: CLIPText, tokenizer: CLIPTokenizer, where: str) -> None:
         self.net, self.tokenizer, self.where = net, tokenizer, where
         self.dim = net.config.projection or net.config.width
-        self.sha256 = weights_sha256(net)
+        self.sha256 = content_hash(net.state_dict())
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
@@ -128,13 +129,3 @@ def open_clip(where: str | Path, device: str | torch.device = "cpu", dtype: str 
     net = load_text(folder, dtype, device)
     tokenizer = CLIPTokenizer.from_folder(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
     return CLIPPooled(net, tokenizer, str(where))
-
-
-def weights_sha256(net: nn.Module | Any) -> str:
-    """SHA-256 of a net's weights, by name, as they lie in memory."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(raw.data)
-    return digest.hexdigest()
