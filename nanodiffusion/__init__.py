@@ -21,7 +21,9 @@ _WHERE = {
     "data": "DATASETS TensorData load_data swiss_roll tree",
     "train": "Trainer fit",
     "ema": "EMA PROFILES reconstruct",
-    "pretrained": "Bundle load_adapter load_codec load_controlnet load_pretrained load_tiny save_diffusers save_single",
+    "pretrained": (
+        "Bundle load_adapter load_codec load_controlnet load_pretrained load_tiny save_diffusers save_part save_single"
+    ),
     "tasks": "AdapterInput Control GenerateConfig generate pictures",
     "lora": "add_lora new_lora read_lora save_lora",
     "config": "Config SampleConfig TrainConfig read_config",

@@ -6,7 +6,8 @@ runs/x/checkpoint/
   .tmp-NAME/       a save under way, or killed: the next save removes it
   .old-NAME/       what a save of the same name replaces: readable until the new one stands in its place
 
-One process saves into a folder; any number may read.
+One process saves into a folder, or all of one run do together: then a file is in parts, model.part-0-of-2 and so on, which
+together are read as one. Any number of processes may read.
 """
 
 import difflib
@@ -29,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from nanodiffusion.distributed import World
 from nanodiffusion.errors import UserError
 
 Tensors = Mapping[str, Tensor]
@@ -197,15 +199,26 @@ def _meta(file: Any, path: str | Path) -> dict[str, Any]:
 
 
 class TensorFiles(Mapping[str, dict[str, Tensor]]):
-    """File name without suffix -> its tensors, read at each access."""
+    """File name without suffix -> its tensors, read at each access.
+
+    Of a file in parts, those of a name are put together along their first axis, so that there are never parts to be seen.
+    """
 
     def __init__(self, folder: Path, names: Iterable[str], device: str | torch.device = "cpu") -> None:
-        self.folder, self.names, self.device = folder, tuple(names), device
+        self.folder, self.device = folder, device
+        self.stems: dict[str, list[str]] = {}
+        for stem in sorted(names, key=_part_number):
+            self.stems.setdefault(_PART.sub("", stem), []).append(stem)
+        self.names = tuple(self.stems)
 
     def __getitem__(self, name: str) -> dict[str, Tensor]:
         if name not in self.names:
             raise KeyError(name)
-        return load_tensors(self.folder / f"{name}{SUFFIX}", self.device)[0]
+        parts: dict[str, list[Tensor]] = {}
+        for stem in self.stems[name]:
+            for key, tensor in load_tensors(self.folder / f"{stem}{SUFFIX}", self.device)[0].items():
+                parts.setdefault(key, []).append(tensor)
+        return {key: found[0] if len(found) == 1 else torch.cat(found) for key, found in parts.items()}
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
@@ -231,23 +244,30 @@ class Checkpoint:
 Files = Mapping[str, tuple[Tensors, dict[str, Any]]]
 
 
-def save_checkpoint(root: str | Path, step: int, files: Files, state: dict[str, Any], keep: int = 3) -> Path:
+def save_checkpoint(
+    root: str | Path, step: int, files: Files, state: dict[str, Any], keep: int = 3, world: World | None = None
+) -> Path:
     """Save `files`, name -> (tensors, meta), and the JSON-able `state` of a step; on return they are on the disk.
 
-    Of the older checkpoints the newest `keep` - 1 stay. UserError: full or unwritable disk, with all of them intact.
+    Of the older checkpoints the newest `keep` - 1 stay. world: of processes that all call this, each with its parts of the
+    tensors, see `shard.parts`, which are written at the same time. UserError, of every process, where one meets a full or
+    unwritable disk, with all older ones intact.
     """
     if step < 0 or keep < 1:
         raise UserError(
             "cannot save this checkpoint", expected="step >= 0, keep >= 1", found=f"step {step}, keep {keep}"
         )
-    folder = _save_folder(Path(root), f"step-{step:08d}", step, files, state)
-    _prune(Path(root), step, keep)
+    folder = _save_folder(Path(root), f"step-{step:08d}", step, files, state, world or World())
+    if world is None or world.first:
+        _prune(Path(root), step, keep)
     return folder
 
 
-def save_best(root: str | Path, step: int, files: Files, state: dict[str, Any]) -> Path:
+def save_best(
+    root: str | Path, step: int, files: Files, state: dict[str, Any], world: World | None = None
+) -> Path:
     """Save as save_checkpoint does, into the folder `best`, which is replaced and never pruned."""
-    return _save_folder(Path(root), "best", step, files, state)
+    return _save_folder(Path(root), "best", step, files, state, world or World())
 
 
 def checkpoints(root: str | Path) -> list[Path]:
@@ -301,27 +321,59 @@ def _step(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def _save_folder(root: Path, name: str, step: int, files: Files, state: dict[str, Any]) -> Path:
+_PART = re.compile(r"\.part-(\d+)-of-\d+$")
+
+
+def _part_number(stem: str) -> tuple[str, int]:
+    found = _PART.search(stem)
+    return _PART.sub("", stem), int(found[1]) if found else 0
+
+
+def _save_folder(root: Path, name: str, step: int, files: Files, state: dict[str, Any], world: World) -> Path:
+    """Made, named and tidied by the first process; every process writes its own files, and none goes on alone."""
     target, beside = root / name, root / f".tmp-{name}"
+    mine = f".part-{world.rank}-of-{world.size}" if world.size > 1 else ""
     contents: dict[str, Iterable[bytes | memoryview]] = {}
     for stem, (tensors, meta) in files.items():
-        contents[_plain(stem) + SUFFIX] = _safetensors(tensors, meta)
-    contents[STATE] = [_json({"step": step, "state": state}, "state").encode()]
-    with _write_errors(target):
-        _make_folder(root)
-        _tidy(root)
-        try:
-            beside.mkdir()
+        contents[_plain(stem) + mine + SUFFIX] = _safetensors(tensors, meta)
+    if world.first:
+        contents[STATE] = [_json({"step": step, "state": state}, "state").encode()]
+    try:
+        with _agreed(world), _write_errors(target):
+            if world.first:
+                _make_folder(root)
+                _tidy(root)
+                beside.mkdir()
+        with _agreed(world), _write_errors(target):
             entries = {file: _write(beside / file, chunks) for file, chunks in contents.items()}
-            _write(beside / MANIFEST, [_manifest(entries)])
-            _sync(beside)
-            if target.exists():
-                os.replace(target, root / f".old-{name}")
-            os.replace(beside, target)
-            _sync(root)
-        finally:
+        entries = {file: entry for part in world.told(entries) for file, entry in part.items()}
+        with _agreed(world), _write_errors(target):
+            if world.first:
+                _write(beside / MANIFEST, [_manifest(entries)])
+                _sync(beside)
+                if target.exists():
+                    os.replace(target, root / f".old-{name}")
+                os.replace(beside, target)
+                _sync(root)
+    finally:
+        if world.first:
             _tidy(root)
     return target
+
+
+@contextmanager
+def _agreed(world: World) -> Iterator[None]:
+    """What one process cannot do here, none has done: its error is everybody's."""
+    own: UserError | None = None
+    try:
+        yield
+    except UserError as e:
+        own = e
+    told = world.told(own and (own.what, {key: value and str(value) for key, value in own.details.items()}))
+    if own:
+        raise own
+    for what, details in filter(None, told):
+        raise UserError(what, **details)
 
 
 def _plain(stem: str) -> str:
@@ -432,9 +484,10 @@ def _differs(path: Path, entry: dict[str, Any]) -> str | None:
 
 def _read_checkpoint(folder: Path, device: str | torch.device) -> Checkpoint:
     stems = sorted(name.removesuffix(SUFFIX) for name in _read_manifest(folder) if name.endswith(SUFFIX))
-    meta = {stem: load_meta(folder / f"{stem}{SUFFIX}") for stem in stems}
+    files = TensorFiles(folder, stems, device)
+    meta = {name: load_meta(folder / f"{parts[0]}{SUFFIX}") for name, parts in files.stems.items()}
     saved = json.loads((folder / STATE).read_bytes())
-    return Checkpoint(folder, saved["step"], TensorFiles(folder, stems, device), meta, saved["state"])
+    return Checkpoint(folder, saved["step"], files, meta, saved["state"])
 
 
 def _first_sound(folders: list[Path], root: str | Path, device: str | torch.device) -> Checkpoint | None:

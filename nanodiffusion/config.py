@@ -33,14 +33,17 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches per update and process
     seed: int = 0
     lr: float = 1e-3
-    optimizer: Component = component("AdamW")  # any class of torch.optim with its options
+    optimizer: Component = component("AdamW")  # any class of torch.optim with its options; AdamW8bit of bitsandbytes
     lr_schedule: Component = component("constant")  # constant, cosine, linear, rsqrt (warmup=...) or a torch scheduler
     clip: float = 0.0  # largest gradient norm; 0 = off
     loss: str = "mse"  # mse, l1, huber, smooth_l1
     weight: Component = component("one")  # one, snr, min_snr, edm, sigmoid, p2
     cond_dropout: float = 0.1  # share of samples trained without their condition, for guidance
+    # profiles of averages, each with its options, and device: cpu where it is to be kept in the machine's memory
     ema: list[Component] = field(default_factory=lambda: [{"name": "constant", "decay": 0.999}])
-    compile: bool = False
+    offset_noise: float = 0.0  # strength of the noise that all pixels of a channel share (Guttenberg 2023); 0 = none
+    parallel: str = "ddp"  # several processes each hold the net (ddp) or a part of it (fsdp)
+    compile: bool | str = False  # true: the loss as a whole; blocks: what a net repeats, once for all that are alike
     max_bad_steps: int = 10  # consecutive non-finite updates skipped before the run stops
 
 
@@ -93,9 +96,9 @@ class Config(TrainConfig):
     overwrite: bool = False  # start afresh where another run's files lie
 
 
-# Keys that may differ between a checkpoint and the run that resumes it.
+# Keys that may differ between a checkpoint and the run that resumes it; how a batch is cut changes rounding, and dropout.
 RESUMABLE = frozenset(
-    "steps name out device compile time_limit log_every validate_every sample_every checkpoint_every keep patience "
+    "steps name out device accumulate parallel compile time_limit log_every validate_every sample_every checkpoint_every keep patience "
     "trackers sample overwrite codec text".split()
 )
 
@@ -201,6 +204,7 @@ def validate(config: Config) -> None:
         "checkpoint_every",
         "snapshot_every",
         "patience",
+        "offset_noise",
         "seed",
     ):
         if not 0 <= getattr(config, key) < 2**63:  # nor NaN, nor infinite
@@ -217,6 +221,17 @@ def validate(config: Config) -> None:
         raise UserError("unknown key data.split", key="data.split", fix="validate_every uses the test split")
     lookup(dict.fromkeys(("auto", "highest", "high", "medium")), config.matmul, "matmul")
     lookup(dict.fromkeys(("fp32", "bf16", "fp16")), config.precision, "precision")
+    validate_training(config)
+
+
+def validate_training(config: TrainConfig) -> None:
+    """Names that types do not catch."""
+    lookup(dict.fromkeys(("ddp", "fsdp")), config.parallel, "parallel")
+    if config.compile not in (True, False, "blocks"):
+        raise UserError("unknown way to compile", key="compile", expected="true, false or blocks", found=config.compile)
+    for spec in config.ema:
+        if spec.get("device", "") not in ("", "cpu"):
+            raise UserError("an average is kept elsewhere", key="ema.device", expected="cpu", found=spec["device"])
 
 
 def read_config(options: Mapping[str, Any]) -> Config:

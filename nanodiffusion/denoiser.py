@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from nanodiffusion.errors import UserError, lookup
+from nanodiffusion.guidance import unconditional
 from nanodiffusion.noise import Schedule
 
 Cond = Mapping[str, Any]
 Coefficients = tuple[Tensor, Tensor, Tensor]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of a config's `precision`
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ class Denoiser(nn.Module):
     net: called as net(x (b ...), t (b), **cond) -> F (b ...).
     prediction: a row or a name of `PREDICTIONS`. clock: a name of `CLOCKS` or a function sigma (b) -> t (b);
     "table" is the fractional index into `schedule`.
-    precision: dtype of the network's products, by autocast; a network whose weights are bf16 or fp16 runs in that. x and D
-    keep x's dtype.
+    precision: dtype of the network's products, by autocast; at float32, a network whose weights are bf16 or fp16 runs in
+    that. x and D keep x's dtype.
     """
 
     def __init__(
@@ -137,13 +139,22 @@ class Denoiser(nn.Module):
         return self._net(self.prediction.coefficients(expand(sigma, x))[2] * x, self.clock(sigma), cond)
 
     def _net(self, scaled: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        if self.half is not None:
+        if self.half is not None and self.precision == torch.float32:
             half = partial(_cast, dtype=self.half)
             return self.net(half(scaled), t, **tree_map(half, dict(cond))).to(scaled.dtype)
         if self.precision == torch.float32:
             return self.net(scaled, t, **cond)
         with torch.autocast(scaled.device.type, self.precision):
             return self.net(scaled, t, **cond).to(scaled.dtype)
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The names of the conditions that the net is trained with, for those of ours that say so."""
+        return getattr(self.net, "takes", ())
+
+    def unconditional(self, cond: Cond) -> dict[str, Any]:
+        """What it is trained to see instead of these conditions (b ...); guidance leads away from it."""
+        return unconditional(cond, getattr(self.net, "null_label", None))
 
     @property
     def half(self) -> torch.dtype | None:

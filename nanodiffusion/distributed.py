@@ -40,13 +40,50 @@ class World:
             x /= self.size
         return x
 
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of a tensor over all processes."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
     def max(self, number: int) -> int:
         """The largest number that any process says (a signal may reach one of them only)."""
+        return self.largest(number)[0]
+
+    def largest(self, *numbers: int) -> list[int]:
+        """The same of several numbers at once, each by itself."""
         if self.size == 1:
-            return number
-        x = torch.tensor(number, device=self.device)
+            return list(numbers)
+        x = torch.tensor(numbers, device=self.device)
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
-        return int(x)
+        return x.tolist()
+
+    def told(self, what: Any) -> list[Any]:
+        """What every process says, in their order."""
+        if self.size == 1:
+            return [what]
+        said: list[Any] = [None] * self.size
+        dist.all_gather_object(said, what)
+        return said
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Tensors (n ...) of all processes one behind the other, (size n ...), on the first; the others keep their own."""
+        if self.size == 1:
+            return x
+        x = x.to(self.device).contiguous()
+        found = [torch.empty_like(x) for _ in range(self.size)] if self.first else None
+        dist.gather(x, found)
+        return torch.cat(found) if found else x
+
+    @property
+    def memory(self) -> int:
+        """The most bytes that this process has held so far: on its GPU, or of the machine's memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource  # which not every system has
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
     def barrier(self) -> None:
         """Wait for the others."""

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from nanodiffusion.config import SampleConfig, make
-from nanodiffusion.denoiser import Denoiser, expand
+from nanodiffusion.denoiser import Denoiser, Prediction, expand
 from nanodiffusion.errors import UserError
-from nanodiffusion.guidance import Bound, bind, cfg, unconditional
+from nanodiffusion.guidance import Bound, bind, cfg
 from nanodiffusion.noise import LADDERS, Schedule
 from nanodiffusion.sampler import STEPS, ImageNoise, State, Step, sample, start
 
@@ -24,15 +24,20 @@ def make_step(config: SampleConfig) -> Step:
     return make(STEPS, config.sampler, "sample.sampler")
 
 
-def check_sampling(denoiser: Denoiser, config: SampleConfig, schedule: Schedule) -> None:
-    """UserError, before any training, for what `draw` would refuse after it."""
+def check_settings(config: SampleConfig, schedule: Schedule) -> None:
+    """UserError for settings that no model could be sampled with."""
     make_step(config)
     make_ladder(config, schedule)
     if config.n < 1:
         raise UserError("must be at least 1", key="sample.n", found=config.n)
     if len(config.guidance_interval) not in (0, 2):
         raise UserError("an interval has two ends", key="sample.guidance_interval", found=config.guidance_interval)
-    guided(denoiser, {name: torch.zeros(0, dtype=torch.int64) for name in getattr(denoiser.net, "takes", ())}, config)
+
+
+def check_sampling(denoiser: Denoiser, config: SampleConfig, schedule: Schedule) -> None:
+    """UserError, before any training, for what `draw` would refuse after it."""
+    check_settings(config, schedule)
+    guided(denoiser, {name: torch.zeros(0, dtype=torch.int64) for name in denoiser.takes}, config)
 
 
 CALLED = {"label": "class", "pooled": "text", "concat": "known"}  # conditions as a user asks for them
@@ -48,7 +53,7 @@ def guided(
 
     negative: conditions (b ...) to be led away from, instead of none: the text that is not wanted.
     """
-    takes, null = getattr(denoiser.net, "takes", ()), getattr(denoiser.net, "null_label", None)
+    takes, null = denoiser.takes, getattr(denoiser.net, "null_label", None)
     cond = dict(cond or {})
     if odd := [CALLED.get(name, name) for name in cond if name not in takes]:
         raise UserError(f"this model knows no {odd[0]}", key=odd[0], fix=f"leave {odd[0]} out")
@@ -66,7 +71,7 @@ def guided(
     ):
         raise UserError("no such class", key="class", expected=classes, found=labels.max().item())
     lo, hi = config.guidance_interval or (0.0, float("inf"))
-    nothing = unconditional(cond, null) | dict(negative or {})
+    nothing = denoiser.unconditional(cond) | dict(negative or {})
     return cfg(denoiser, cond, nothing, config.guidance, lo, hi, config.guidance_rescale) if takes else bind(denoiser)
 
 
@@ -74,7 +79,7 @@ def guided(
 GAIN = 16.0
 
 
-def bounded(ladder: Tensor, denoiser: Denoiser) -> Tensor:
+def bounded(ladder: Tensor, prediction: Prediction) -> Tensor:
     """The ladder (k+1), its first level lowered where the first step would blow up what the net gets wrong.
 
     Down from s to r, Euler turns an error e of F into |c_out(s)| (1 - r/s) e beside an x of size sqrt(1 + r^2). A net
@@ -82,7 +87,7 @@ def bounded(ladder: Tensor, denoiser: Denoiser) -> Tensor:
     At most 16 e leaves x = s eps right to 1/256 of its variance. No other prediction is touched: its c_out is bounded.
     """
     first, second = ladder[0], ladder[1]
-    c_out = denoiser.prediction.coefficients(first)[1].abs()
+    c_out = prediction.coefficients(first)[1].abs()
     gain = float(c_out * (1 - second / first) / (1 + second**2).sqrt())
     return ladder if gain <= GAIN else torch.cat([first[None] * GAIN / gain, ladder[1:]])
 
@@ -96,7 +101,7 @@ def begin(
     strength: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """x (b ...) to start from, of unit noise (b ...), on the CPU, and the ladder (k+1) down from it; see `start`."""
-    ladder = bounded(make_ladder(config, schedule), denoiser)
+    ladder = bounded(make_ladder(config, schedule), denoiser.prediction)
     return start(ladder, unit, None if x0 is None else x0.cpu(), strength)
 
 

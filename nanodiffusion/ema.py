@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nanodiffusion.checkpoint import check_fit, load_tensors, load_weights, save_tensors
 from nanodiffusion.errors import UserError
+from nanodiffusion.shard import joined, local, part, sharded
 
 Profile = Callable[[int], float]  # optimizer steps done, from 1 -> beta in [0, 1]
 
@@ -98,50 +99,73 @@ PROFILES: dict[str, Callable[..., Profile]] = {
 
 
 class EMA:
-    """A moving average of a module's parameters in fp32, its buffers copied: `tensors`, by state_dict name."""
+    """A moving average of a module's parameters in fp32, its buffers copied: `tensors`, by state_dict name.
 
-    def __init__(self, module: nn.Module, profile: Profile) -> None:
+    device: where it is kept, "" = where the module is; on "cpu" it costs a GPU no memory, and every update a copy of the
+    weights. Of a sharded module (see shard.py) each process averages its own part, and `tensors` are these parts.
+    """
+
+    def __init__(self, module: nn.Module, profile: Profile, device: str = "") -> None:
         self.module, self.profile = module, profile
-        live = module.state_dict(keep_vars=True)
-        averaged = {n: p for n, p in live.items() if isinstance(p, nn.Parameter) and p.is_floating_point()}
+        self.live: dict[str, Any] = module.state_dict(keep_vars=True)
+        averaged = {n: p for n, p in self.live.items() if isinstance(p, nn.Parameter) and p.is_floating_point()}
         self.tensors: dict[str, Tensor] = {
-            name: tensor.detach().to(torch.float32 if name in averaged else tensor.dtype, copy=True)
-            for name, tensor in live.items()
+            name: local(tensor.detach()).to(
+                device or tensor.device, torch.float32 if name in averaged else tensor.dtype, copy=True
+            )
+            for name, tensor in self.live.items()
         }
+        self.sharded = any(map(sharded, averaged.values()))
         self._parameters = list(averaged.values())
         self._averages = [self.tensors[name] for name in averaged]
-        self._buffers = [name for name, _ in module.named_buffers() if name in live]
+        self._buffers = [name for name, _ in module.named_buffers() if name in self.live]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights as they are after optimizer step `step` = 1, 2, ...: one fused lerp over all."""
         _require(step >= 1, "step", "1 or more", step)
         if self._averages:
-            weights = [p.float() for p in self._parameters]
+            weights = [local(p).to(a) for p, a in zip(self._parameters, self._averages)]
             torch._foreach_lerp_(self._averages, weights, 1 - self.profile(step))
         for name in self._buffers:
             self.tensors[name].copy_(self.module.get_buffer(name))
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], file: object = None) -> None:
-        """Continue from saved `tensors`. UserError: they belong to another network."""
-        check_fit(self.tensors, tensors, file)
+        """Continue from saved `tensors`, which are whole. UserError: they belong to another network."""
+        check_fit(self.live, tensors, file)
         for name, tensor in self.tensors.items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(part(tensors[name], self.live[name]))
 
+    def whole(self) -> dict[str, Tensor]:
+        """`tensors`, of a sharded module put together: all its processes must ask at once."""
+        return {name: joined(tensor, self.live[name]) for name, tensor in self.tensors.items()}
+
+    @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Give `module` the averaged weights, in its own dtypes. UserError: it is another network."""
-        load_weights(module, self.tensors)
+        """Give `module` the averaged weights, in its own dtypes. UserError: it is another network.
+
+        Parts of a sharded one go to a module that is sharded alike, and to no other.
+        """
+        if not self.sharded:
+            return load_weights(module, self.tensors)
+        own = module.state_dict(keep_vars=True)
+        check_fit(self.live, own)
+        for name, tensor in own.items():
+            local(tensor).copy_(self.tensors[name])
 
     @contextmanager
     def swap(self, module: nn.Module) -> Iterator[nn.Module]:
         """Within this block `module` has the averaged weights; after it, come what may, its own again."""
-        own = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        live = module.state_dict(keep_vars=True)
+        own = {name: local(tensor).detach().clone() for name, tensor in live.items()}
         try:
             self.copy_to(module)
             yield module
         finally:
-            module.load_state_dict(own)
+            with torch.no_grad():
+                for name, tensor in module.state_dict(keep_vars=True).items():
+                    local(tensor).copy_(own[name])
 
 
 # ---- any average afterwards ----------------------------------------------------------------------

@@ -32,11 +32,13 @@ from nanodiffusion.data.files import MODES, SPLITS
 from nanodiffusion.data.tensors import at_least
 from nanodiffusion.distributed import World
 from nanodiffusion.errors import UserError, lookup
+from nanodiffusion.resume import check_same, parse_settings
 from nanodiffusion.text.pooled import PooledText, open_text
 from nanodiffusion.train import mix
 
 SETS = ("digits", "mnist", "fashion-mnist", "cifar10")  # sources by name
 PICTURE = 256  # pixels, where nothing says the size
+MAX_CLASSES = 100_000  # that are named one by one
 FILES, SAMPLES = 1000, 4096  # of a folder, and of a set by name, that are counted at a time
 FLOATS = {"float16": torch.float16, "float32": torch.float32}
 PRECISIONS = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,12 +84,13 @@ class EncodeConfig:
 
 
 class Found(NamedTuple):
-    """A sound sample: a PIL image or uint8 (c h w), "" without a caption, None without a label."""
+    """A sound sample: a PIL image or uint8 (c h w), "" without a caption, None without a label; name: of its class, or ""."""
 
     key: str
     caption: str
     label: int | None
     image: Any
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,10 @@ def open_source(where: str, split: str = "train") -> Source:
 
     def read(unit: int, faults: list[str]) -> Iterator[Found]:
         for s in read_shards([shards[unit]], faults, need_caption=False, workers=2, names=[names[unit]]):
-            yield Found(s.key, s.caption, s.label, s.image)
+            name = s.meta.get("class")  # as `prepare` writes it
+            yield Found(
+                s.key, s.caption, s.label, s.image, name if isinstance(name, str) and name.isprintable() else ""
+            )
 
     return Source(shards, read)
 
@@ -204,6 +210,7 @@ class Record(NamedTuple):
     label: int | None
     width: int
     height: int
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -224,6 +231,16 @@ class Census:
         """Whether every sample has a label."""
         return all(r.label is not None for r in self.records)
 
+    @property
+    def classes(self) -> list[str]:
+        """The name of every class, its number where it has no sample; [] unless each has one name and no other's."""
+        named = {r.label: r.name for r in self.records if r.label is not None}
+        one = all(r.label is not None and r.name and named[r.label] == r.name for r in self.records)
+        if not one or max(named) >= MAX_CLASSES:
+            return []
+        names = [named.get(i, str(i)) for i in range(max(named) + 1)]
+        return names if len(set(names)) == len(names) else []
+
     def summary(self, size: int) -> dict[str, Any]:
         """The counts, as the manifest has them; smaller: how many were enlarged to `size`."""
         return {
@@ -241,7 +258,7 @@ def count_unit(source: Source, unit: int, n: int) -> dict[str, Any]:
     """The census of a unit, JSON-able; with n, of its first n samples."""
     faults: list[str] = []
     found = islice(source.read(unit, faults), n or None)
-    return {"records": [[f.key, f.caption, f.label, *_size(f.image)] for f in found], "faults": faults}
+    return {"records": [[f.key, f.caption, f.label, *_size(f.image), f.name] for f in found], "faults": faults}
 
 
 def _size(image: Any) -> tuple[int, int]:
@@ -355,11 +372,13 @@ class Encoder:
             shutil.rmtree(self.work, ignore_errors=True)
             return True
         known = self.work / "settings.json"
-        if known.is_file() and (self._same(old := json.loads(known.read_bytes())) or any(self.work.glob("part-*"))):
-            self._check_same(old, self.work)
-            for marker in self.work.glob("done-*"):
-                marker.unlink()
-            return False
+        if known.is_file():
+            old = parse_settings(known.read_bytes(), self.settings, known, f"delete {self.work}: it is encoded anew")
+            if old == json.loads(as_json(self.settings)) or any(self.work.glob("part-*")):
+                self._check_same(old, self.work)
+                for marker in self.work.glob("done-*"):
+                    marker.unlink()
+                return False
         if self.out.exists() and (not self.out.is_dir() or {f.name for f in self.out.iterdir()} - {WORK}):
             fix = "out=ANOTHER, or empty it"
             raise UserError(
@@ -370,21 +389,8 @@ class Encoder:
         write(known, [as_json(self.settings)], self.work)
         return False
 
-    def _same(self, old: dict[str, Any]) -> bool:
-        return old == json.loads(as_json(self.settings))
-
     def _check_same(self, old: dict[str, Any], where: Path) -> None:
-        new = json.loads(as_json(self.settings))
-        changed = [k for k in new if old.get(k) != new[k]]
-        if changed:
-            raise UserError(
-                "another encoding is in this folder",
-                file=where,
-                key=", ".join(changed),
-                expected={k: old.get(k) for k in changed},
-                found={k: new[k] for k in changed},
-                fix="out=ANOTHER, or delete it",
-            )
+        check_same(old, self.settings, "another encoding is in this folder", where, "out=ANOTHER, or delete it")
 
     # counting
 
@@ -562,7 +568,7 @@ class Encoder:
             "flipped": there("flipped.npy"),
             "pooled": {"file": "pooled.npy", "dim": self.text.dim} if self.text else None,
             "labels": there("labels.npy"),
-            "classes": list(self.source.classes) if census.labelled else [],
+            "classes": (list(self.source.classes) or census.classes) if census.labelled else [],
             "captions": there("captions.jsonl"),
             "codec": self.settings["codec"],
             "text": self.settings["text"],

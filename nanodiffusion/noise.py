@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanodiffusion.errors import UserError
+from nanodiffusion.errors import UserError, lookup
 
 # A flow time of 1 - 2^-12; a VP curve that ends in pure noise (gamma = 0) is capped at the same level.
 SIGMA_CAP = 4095.0
@@ -261,6 +261,16 @@ def power(schedule: Schedule, steps: int, exponent: float = 1.0, t_max: float = 
     return _ladder(flow_sigma(t))
 
 
+def lcm(schedule: Schedule, steps: int, original: int = 50, of: str = "trailing") -> Tensor:
+    """Evenly spaced entries of another ladder, the one of `original` levels that a model was distilled on (Luo et al. 2023).
+
+    of: its name in `LADDERS`. 4 of 50 of a schedule of 1,000: timesteps 999, 759, 499, 259. Where more steps are asked for
+    than it has levels, it is as long as they.
+    """
+    levels = lookup(LADDERS, of, "ladder.of")(schedule, max(original, steps))[:-1]
+    return _ladder(levels[torch.arange(steps) * len(levels) // steps])
+
+
 def given_sigmas(sigmas: Sequence[float] | Tensor) -> Tensor:
     """A ladder of your own: strictly decreasing sigmas; the final 0 is added when it is missing."""
     s = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
@@ -281,6 +291,7 @@ LADDERS: dict[str, Callable[..., Tensor]] = {
     "exponential": exponential,
     "shifted_flow": shifted_flow,
     "power": power,
+    "lcm": lcm,
 }
 
 # -- densities: (n, generator) -> sigma (n) float32 on the generator's device --------------------------------------------

@@ -1,39 +1,34 @@
 """What a run trains: the row of TASKS that its config's `task` names, and the objects that the config describes.
 
 denoise     D(x, sigma, cond) -> E[x0 | x] at every noise level: a diffusion model
-autoencode  an image to latents and back, one pass and no noise levels: the codec of later runs
+autoencode  an image to latents and back, one pass and no noise levels: the codec of later runs; see `autoencode`
 
 A task makes a model (a module with `net`, `precision` and `loss`), which is all that the loop knows of it, and says
 how it is validated and pictured.
 """
 
-import json
-import math
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nanodiffusion.codec import AutoencoderKL, AutoencoderKLConfig, PixelCodec
-from nanodiffusion.config import Config, check_options, make
-from nanodiffusion.data import order
-from nanodiffusion.denoiser import DISTANCES, Cond, Denoiser, edm
-from nanodiffusion.draw import check_sampling, cycled, draw
-from nanodiffusion.errors import UserError, lookup
+from nanodiffusion.autoencode import Autoencode
+from nanodiffusion.codec import PixelCodec
+from nanodiffusion.config import Config, make
+from nanodiffusion.denoiser import PRECISIONS, Cond, Denoiser, edm
+from nanodiffusion.draw import CALLED, check_sampling, cycled, draw
+from nanodiffusion.errors import UserError
 from nanodiffusion.nets import NETS, build_net
 from nanodiffusion.noise import DENSITIES, SCHEDULES, Density, Schedule
-from nanodiffusion.train import Trainer
+from nanodiffusion.task import Task, check_net
+from nanodiffusion.train import VALIDATION_SEED, Trainer
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-VALIDATION_SEED, VALIDATION_SAMPLES, VALIDATION_LEVELS = 7, 512, 8
+VALIDATION_SAMPLES, VALIDATION_LEVELS = 512, 8
 SHOWN = 8  # columns of a run's grid where the data has no classes
 WIDEST = 20  # columns of any grid
-MEASURED = 2048  # images whose latents say a codec's scale
+OPTIONS = {"label": "num_classes", "pooled": "pooled_dim"}  # of a net: how many classes it knows, how long a text is
 
 Fixed = dict[str, Tensor]  # what the pictures of a run are always drawn from, each (k ...)
 
@@ -43,7 +38,11 @@ Fixed = dict[str, Tensor]  # what the pictures of a run are always drawn from, e
 
 def make_task(config: Config) -> Any:
     """The task a config names."""
-    return make(TASKS, config.task, "task")()
+    if config.task["name"] in TASKS:
+        return make(TASKS, config.task, "task")()
+    from nanodiffusion.finetune import FINETUNES  # slow to import, and it imports this
+
+    return make({**TASKS, **FINETUNES}, config.task, "task")()
 
 
 def make_schedule(config: Config) -> Schedule:
@@ -62,22 +61,17 @@ def make_denoiser(config: Config) -> Any:
     return make_task(config).model(config)
 
 
+def make_trained(config: Config) -> Any:
+    """What the weights of a trained run are read into: its model, without what only training needed."""
+    return make_task(config).finished(config)
+
+
 def fit_net(config: Config, shape: tuple[int, ...], classes: int, data: Any = None) -> Config:
     """The config with what the data decides (channels, size, number of classes, length of a text) filled into its net."""
-    known = make_task(config).known(config, shape, classes, data)
+    task = make_task(config)
+    config = task.settled(config)
+    known = task.known(config, shape, classes, data)
     return replace(config, net={**config.net, **{k: v for k, v in known.items() if k not in config.net}})
-
-
-def check_net(net: nn.Module, shape: tuple[int, ...]) -> None:
-    """UserError unless a net is made for samples of `shape`."""
-    if tuple(net.sample_shape) != tuple(shape):  # type: ignore[arg-type]
-        raise UserError(
-            "the net does not fit the data",
-            key="net",
-            expected=f"samples of {tuple(shape)}",
-            found=f"a net for {tuple(net.sample_shape)}",  # type: ignore[arg-type]
-            fix="leave the net's own size out, the data sets it; points want net.name=mlp",
-        )
 
 
 def open_codec(where: str, shape: tuple[int, ...], device: str | torch.device = "cpu") -> Any:
@@ -108,12 +102,13 @@ def decoded(codec: Any, x0: Tensor, batch: int = 16) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Denoise:
+class Denoise(Task):
     """A diffusion model: the net as a `Denoiser`."""
 
     def known(self, config: Config, shape: tuple[int, ...], classes: int, data: Any = None) -> dict[str, Any]:
         """Options of the net that samples of `shape`, the number of classes and what else the data gives decide."""
         known: dict[str, Any] = {"num_classes": classes}
+        classes = config.net.get("num_classes", classes)  # 0 of data with both chooses its texts
         if (pooled := getattr(data, "pooled", None)) is not None:
             known |= {"text_dim": pooled.shape[1]} | ({} if classes else {"pooled_dim": pooled.shape[1]})
         known |= {"concat_channels": shape[0]} if getattr(data, "outpaint", 0) else {}
@@ -131,10 +126,11 @@ class Denoise:
         prediction = edm(config.sigma_data) if config.prediction == "edm" else config.prediction
         return Denoiser(self.net(config), prediction, config.clock, make_schedule(config), PRECISIONS[config.precision])
 
-    def check(self, model: Denoiser, config: Config) -> None:
-        """UserError for what would be refused only after training."""
+    def check(self, model: Denoiser, config: Config, shape: tuple[int, ...]) -> None:
+        """UserError for what would be refused only after training on samples of `shape`."""
+        check_net(model.net, shape)
         check_sampling(model, config.sample, make_schedule(config))
-        if config.sample.prompts and "pooled" not in model.net.takes:  # type: ignore[operator]
+        if config.sample.prompts and "pooled" not in model.takes:
             fix = "leave sample.prompts out"
             raise UserError("this model takes no text", key="sample.prompts", found=config.net.get("name"), fix=fix)
 
@@ -142,8 +138,9 @@ class Denoise:
         """What measures the model on held-out data."""
         return Validator(trainer, data, density)
 
-    def fixed(self, config: Config, takes: Sequence[str], data: Any) -> Fixed:
+    def fixed(self, config: Config, model: Denoiser, data: Any) -> Fixed:
         """The texts' vectors and known parts that pictures are drawn from: of `sample.prompts`, else of the first samples."""
+        takes = model.takes
         if not {"pooled", "concat"} & set(takes):
             return {}
         g = torch.Generator().manual_seed(VALIDATION_SEED)
@@ -168,9 +165,6 @@ class Denoise:
         """Columns of a grid: one a class, or one a prompt; 0 = as square as n allows."""
         wide = len(next(iter(fixed.values()))) if fixed else classes
         return wide if 1 < wide <= WIDEST else 0
-
-    def publish(self, *_: Any) -> None:
-        """Nothing but checkpoints comes of it."""
 
 
 def _prompts(config: Config, data: Any) -> Tensor | None:
@@ -197,6 +191,20 @@ def conditions(net: nn.Module, fixed: Fixed, n: int) -> dict[str, Tensor]:
     if fixed:
         return {name: v[cycled(n, len(v))] for name, v in fixed.items() if name in takes}
     return {"label": cycled(n, net.null_label)} if "label" in takes else {}  # type: ignore[arg-type]
+
+
+def conditioning(net: nn.Module, takes: Sequence[str], given: Cond, classes: int) -> str:
+    """In a line: which of the data's conditions a net learns by, and what chooses the others; "" of a net without any."""
+    sizes = {name: classes if name == "label" else given[name].shape[1] for name in OPTIONS if name in given}
+    offered = {name for name in sizes if hasattr(getattr(net, "config", None), OPTIONS[name])}
+    if not offered | (sizes.keys() & set(takes)):
+        return ""
+    said = ["conditioned by " + (", ".join(f"{CALLED[k]} ({sizes[k]})" for k in sizes if k in takes) or "nothing")]
+    for name in (name for name in sizes if name not in takes):
+        instead = ", net.num_classes=0 takes it instead" if "label" in takes else ""
+        fix = f": net.{OPTIONS[name]}={sizes[name]} adds it{instead}" if name in offered else ""
+        said.append(f"the data's {CALLED[name]} is not used{fix}")
+    return "; ".join(said)
 
 
 def completed(x: Tensor, fixed: Fixed) -> Tensor:
@@ -228,7 +236,7 @@ class Validator:
     def _per_level(self) -> list[float]:
         self.trainer.denoiser.eval()
         objective = self.trainer.plain_objective
-        size = micro_batch(self.trainer)
+        size = self.trainer.micro_batch
         totals = []
         for sigma in self.levels:
             losses = [
@@ -251,235 +259,4 @@ class Validator:
         return row
 
 
-def micro_batch(trainer: Trainer) -> int:
-    """Samples that a process holds at once in training."""
-    return max(1, trainer.config.batch_size // trainer.parts)
-
-
-# -- autoencoders --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig(AutoencoderKLConfig):
-    """An autoencoder to be trained: a small one; its images' size; latents as they come, the scale is measured later."""
-
-    widths: tuple[int, ...] = (32, 64, 64)
-    blocks: int = 1
-    groups: int = 8
-    scale: float = 1.0
-    attention: bool = False
-    in_size: tuple[int, int] = (32, 32)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        factor = 2 ** (len(self.widths) - 1)
-        if len(self.in_size) != 2 or any(side < 1 or side % factor for side in self.in_size):
-            fix = "data.pad=2 makes 32 of 28; or fewer widths, each but the last halves the image"
-            expected = f"multiples of {factor}"
-            raise UserError(
-                "the images do not halve often enough", key="net", expected=expected, found=self.in_size, fix=fix
-            )
-
-
-class Autoencoder(AutoencoderKL):
-    """A KL autoencoder as a net of a run: (b c h w) -> (b c h w), by the means of the latents and without a clock."""
-
-    takes = ()
-    null_label = None
-
-    def __init__(self, config: AutoencoderConfig | None = None) -> None:
-        c = config or AutoencoderConfig()
-        super().__init__(c)
-        self.sample_shape = (c.channels, *c.in_size)
-        self.latent_shape = (c.latent_channels, *(side // self.factor for side in c.in_size))
-
-    def forward(self, image: Tensor, t: Tensor | None = None) -> Tensor:
-        """The reconstruction of images in [-1, 1]."""
-        return self.decode(self.encode(image))
-
-
-class Autoencoding(nn.Module):
-    """An autoencoder under its own loss, where the training loop has a denoiser.
-
-    kl: weight of the divergence from N(0, 1), of its sum over the latents against the distance's over the image; Rombach
-    et al. 2022 take 1e-6 (appendix G). There is no perceptual and no adversarial part: edges stay softer than theirs.
-    """
-
-    def __init__(self, net: Autoencoder, kl: float = 1e-6, precision: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.net, self.kl, self.precision = net, kl, precision
-        self.noise_shape = net.latent_shape
-
-    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """A reconstruction (b c h w) by way of a sample of the posterior, and its divergence from N(0, 1) in nats (b)."""
-        with torch.autocast(image.device.type, self.precision, enabled=self.precision != torch.float32):
-            mean, logvar = (m.float() for m in self.net.moments(image))
-            c = self.net.config
-            z = mean + (0.5 * logvar).exp() * noise
-            return self.net.decode((z - c.shift) * c.scale).float(), divergence(mean, logvar)
-
-    def loss(
-        self,
-        x0: Tensor,
-        sigma: Tensor,
-        eps: Tensor,
-        cond: Cond | None = None,
-        distance: str = "mse",
-        weight: Callable[[Tensor, Tensor], Tensor] | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Minus the evidence bound, but for constants, per value of the image (Kingma & Welling 2014, eq. 10): -> (b).
-
-        x0 (b c h w) in [-1, 1]; eps (b c' h/f w/f) is the posterior's noise; nothing else is looked at.
-        """
-        out, nats = self(x0, eps)
-        each = lookup(DISTANCES, distance, "loss")(out, x0)
-        return each.flatten(1).mean(1) + self.kl * nats / x0[0].numel()
-
-
-def divergence(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, e^logvar) || N(0, 1)) in nats, summed: (b ...) -> (b) (Kingma & Welling 2014, appendix B)."""
-    return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1)
-
-
-@dataclass(frozen=True)
-class Autoencode:
-    """An image codec: `net` is an autoencoder, `loss` the distance of a reconstruction, `kl` the weight of the prior."""
-
-    kl: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.kl < math.inf:
-            raise UserError("must be a number from 0 up", key="task.kl", found=self.kl)
-
-    def known(self, config: Config, shape: tuple[int, ...], classes: int, data: Any = None) -> dict[str, Any]:
-        """Channels and size."""
-        if len(shape) != 3:
-            raise UserError("an autoencoder is for images", key="data", expected="samples (c h w)", found=shape)
-        return {"channels": shape[0], "in_size": list(shape[1:])}
-
-    def net(self, config: Config) -> Autoencoder:
-        """The autoencoder of a complete config, its weights fresh from torch's generator."""
-        name = config.net.get("name")
-        options: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in config.net.items() if k != "name"
-        }
-        row = lookup(AUTOENCODERS, name, "net")
-        check_options(options, get_type_hints(AutoencoderConfig), "net")
-        return row(AutoencoderConfig(**options))
-
-    def model(self, config: Config) -> Autoencoding:
-        """It under its own loss."""
-        return Autoencoding(self.net(config), self.kl, PRECISIONS[config.precision])
-
-    def check(self, model: Autoencoding, config: Config) -> None:
-        """UserError for keys that mean nothing here."""
-        lookup(DISTANCES, config.loss, "loss")
-        if config.weight.get("name") != "one":
-            fix = "leave weight out"
-            raise UserError("an autoencoder has no noise levels to weigh", key="weight", found=config.weight, fix=fix)
-        if config.sample.prompts:
-            fix = "leave sample.prompts out"
-            raise UserError("an autoencoder takes no text", key="sample.prompts", fix=fix)
-
-    def validator(self, trainer: Trainer, data: Any, density: Density) -> "AutoencoderValidator":
-        """What measures the model on held-out data."""
-        return AutoencoderValidator(trainer, data)
-
-    def fixed(self, config: Config, takes: Sequence[str], data: Any) -> Fixed:
-        """The images that are reconstructed in pictures."""
-        return {"image": data.batch(torch.arange(min(len(data), 2 * SHOWN)))[0].cpu()}
-
-    @torch.no_grad()
-    def pictures(self, model: Autoencoding, config: Config, shape: Sequence[int], fixed: Fixed, seeds: range) -> Tensor:
-        """The fixed images, and after them their reconstructions: (2k c h w), whatever the seeds."""
-        model.eval()
-        image = fixed["image"][: len(seeds)]
-        return torch.cat([image, model.net(image.to(next(model.parameters()).device)).cpu()])
-
-    def columns(self, classes: int, fixed: Fixed, n: int) -> int:
-        """All originals in one row."""
-        return min(n, len(fixed["image"]))
-
-    def publish(self, net: Autoencoder, data: Any, seed: int, folder: Path) -> Path:
-        """Write the codec into `folder`, its latents' mean and deviation over the training data as shift and scale."""
-        mean, deviation = latent_statistics(net, data, seed)
-        return save_codec(net, replace(net.config, scale=1 / deviation, shift=mean), folder)
-
-
-class AutoencoderValidator:
-    """The loss on all held-out images at fixed noise, and the error of their reconstructions by the latents' means."""
-
-    def __init__(self, trainer: Trainer, data: Any) -> None:
-        self.trainer, self.data = trainer, data.to(trainer.world.device)
-
-    @torch.no_grad()
-    def _measure(self) -> tuple[float, float]:
-        """Mean loss, and PSNR in dB of the mean squared error over all images on [0, 1]."""
-        trainer, losses, errors = self.trainer, [], []
-        model, device = trainer.denoiser.eval(), trainer.world.device
-        g = torch.Generator(device).manual_seed(VALIDATION_SEED)
-        for index in torch.arange(len(self.data)).split(micro_batch(trainer)):
-            x0, _ = self.data.batch(index.to(device))
-            eps = torch.randn(len(x0), *model.noise_shape, generator=g, device=device)  # type: ignore[misc]
-            losses.append(trainer.plain_objective(x0, torch.zeros_like(eps[:, 0, 0, 0]), eps, {}))
-            errors.append((model.net(x0).clamp(-1, 1) - x0).div(2).square().flatten(1).mean(1))
-        return torch.cat(losses).mean().item(), psnr(torch.cat(errors).double().mean().item())
-
-    def row(self) -> dict[str, Any]:
-        """val/loss and val/psnr of the raw weights, val/ema_loss and val/ema_psnr of the first average."""
-        loss, db = self._measure()
-        row = {"val/loss": loss, "val/psnr": db}
-        if self.trainer.emas:
-            with self.trainer.emas[0].swap(self.trainer.denoiser.net):
-                loss, db = self._measure()
-            row |= {"val/ema_loss": loss, "val/ema_psnr": db}
-        return row
-
-
-def psnr(mse: float) -> float:
-    """Peak signal to noise ratio in dB of a mean squared error on [0, 1]."""
-    return -10 * math.log10(mse) if mse > 0 else math.inf
-
-
-def _parts(data: Any, seed: int, batch: int = 64) -> Iterator[Tensor]:
-    """Images (b c h w) of a fixed choice from the data."""
-    for index in order(len(data), min(len(data), MEASURED), seed, 0).split(batch):
-        yield data.batch(index)[0]
-
-
-@torch.no_grad()
-def latent_statistics(net: AutoencoderKL, data: Any, seed: int) -> tuple[float, float]:
-    """Mean and standard deviation of the unscaled latents, sampled from their posteriors, over images of the data."""
-    net.eval()
-    device, g = next(net.parameters()).device, torch.Generator().manual_seed(seed)
-    latents = []
-    for image in _parts(data, seed):
-        mean, logvar = (m.cpu().double() for m in net.moments(image.to(device)))
-        latents.append(mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=g))
-    z = torch.cat(latents)
-    return z.mean().item(), max(z.std(correction=0).item(), 1e-6)
-
-
-def save_codec(net: AutoencoderKL, config: AutoencoderKLConfig, folder: Path) -> Path:
-    """Write an autoencoder's weights and config as the folder that `codec=` and diffusers read, in one move."""
-    from nanodiffusion.pretrained.architecture import vae_json  # slow to import
-    from nanodiffusion.pretrained.weights import STEMS, disk_errors, save, sync
-
-    beside, old = (folder.with_name(f".{kind}-{folder.name}") for kind in ("tmp", "old"))
-    with disk_errors(folder):
-        for left in (beside, old):
-            shutil.rmtree(left, ignore_errors=True)
-        beside.mkdir(parents=True)
-        save(beside / f"{STEMS[0]}.safetensors", net.state_dict())
-        (beside / "config.json").write_text(json.dumps(vae_json(config), indent=2) + "\n")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(beside, folder)
-        sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
-
-
-AUTOENCODERS: Mapping[str, Callable[..., Autoencoder]] = {"autoencoder": Autoencoder}
 TASKS: Mapping[str, Callable[..., Any]] = {"denoise": Denoise, "autoencode": Autoencode}

@@ -1,5 +1,10 @@
 """A run: a recipe trained in a folder, resumable at any moment, and read back from nothing but that folder.
 
+Of several processes the first writes the folder. A lost one ends the others, whose next exchange with it fails; started
+again (torchrun --max-restarts=1, a requeued job) all of them go on from the newest checkpoint, in whatever number. SIGTERM or
+SIGINT to any of them saves and stops all, with exit code 128 + signal: 143 says that the same command goes on, so that a
+scheduler may requeue it. SIGUSR1 to any of them saves and trains on.
+
 out/name/  config.json environment.json data.json metrics.jsonl samples/ samples.png trajectory.gif report.html
            pictures.safetensors (what its pictures are drawn from), codec/ (of an autoencoder: what `codec=` takes)
            checkpoint/step-00001000/  model, ema-0, ..., optimizer (safetensors), state.json, manifest.json; checkpoint/best
@@ -13,8 +18,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +36,6 @@ from nanodiffusion.checkpoint import (
     load_checkpoint,
     load_tensors,
     load_weights,
-    pack_state,
     save_best,
     save_checkpoint,
     save_tensors,
@@ -44,11 +48,11 @@ from nanodiffusion.distributed import World
 from nanodiffusion.ema import save_snapshot
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.fast import adapt
-from nanodiffusion.nets import net_flops, net_size
+from nanodiffusion.nets import net_size
 from nanodiffusion.noise import Schedule
 from nanodiffusion.objective import (
     Fixed,
-    check_net,
+    conditioning,
     conditions,
     decoded,
     fit_net,
@@ -56,6 +60,7 @@ from nanodiffusion.objective import (
     make_density,
     make_schedule,
     make_task,
+    make_trained,
     open_codec,
 )
 from nanodiffusion.show import grid, point_cloud, save_png
@@ -198,11 +203,12 @@ def load_run(path: str | Path, weights: str = "ema-0", device: str | torch.devic
         config, shape, classes = read_config(meta["config"]), tuple(meta["shape"]), tuple(meta["classes"])
     except KeyError as e:
         raise UserError("this checkpoint carries no run configuration", file=checkpoint.folder, key=str(e)) from None
-    if config.task["name"] != "denoise":
+    if config.task["name"] == "autoencode":
         fix = f"codec={path}/codec, where latents are encoded or decoded"
         raise UserError("this run is an autoencoder, which draws nothing by itself", file=path, fix=fix)
-    denoiser = make_denoiser(config)
-    load_weights(denoiser.net, checkpoint.files[weights], checkpoint.folder)
+    model = make_trained(config)
+    load_weights(model.net, checkpoint.files[weights], checkpoint.folder)
+    denoiser = getattr(model, "denoiser", model)
     adapt(denoiser.to(device).net)
     return Run(denoiser.eval(), config, shape, classes, checkpoint.step, Path(path))
 
@@ -239,34 +245,57 @@ class Progress:
         return asdict(replace(self, loss_sum=float(self.loss_sum)))
 
 
+class _Saved(Mapping[str, Mapping[str, Any]]):
+    """What `Trainer.load_state` asks for, read when it does."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        found = self.checkpoint.files[name]
+        return unpack_state(found, self.checkpoint.state["optimizer"]) if name == "optimizer" else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint.files)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint.files)
+
+
 class Runner:
     """Trains a config in its folder. `run()` returns why it ended: "done", "patience", "time" or "signal"."""
 
     def __init__(self, config: Config, world: World, say: Callable[[str], None] = print) -> None:
         for name in config.trackers:
             lookup(TRACKERS, name, "trackers")
-        self.world, self.say = world, say
+        self.world, self.say, self.memory = world, say, 0.0
         self.folder = Path(config.out) / config.name
         data, held_out = make_data(config)
         told = {key: getattr(config, key) or getattr(data, key, "") for key in ("codec", "text")}
         self.config = config = fit_net(replace(config, **told), data.shape, len(data.classes), data)
-        self.data = data
         self.schedule, self.density = make_schedule(config), make_density(config)
         self.task = make_task(config)
         denoiser = make_denoiser(config)
-        check_net(denoiser.net, data.shape)
-        self.task.check(denoiser, config)
+        data, held_out = (d and self.task.prepared(d, denoiser) for d in (data, held_out))
+        self.data = data
+        self.task.check(denoiser, config, data.shape)
         self.notes = self._start_from(denoiser.net)
-        adapt(denoiser.to(world.device).net)
+        self.flops = self.task.flops(denoiser)
+        adapt(denoiser.to(world.device))
         self.trainer = Trainer(denoiser, data, self.density, config, world)
-        self.trainer.conditions(data.batch(torch.zeros(1, dtype=torch.int64))[1])
+        self.trainer.emas += getattr(denoiser, "averages", list)()
+        given = data.batch(torch.zeros(1, dtype=torch.int64))[1]
+        self.trainer.conditions(given)
+        if line := conditioning(denoiser.net, self.trainer.takes, given, len(data.classes)):
+            self.say(line)
         validates = held_out and config.validate_every
         self.validator = self.task.validator(self.trainer, held_out, self.density) if validates else None
-        self.fixed: Fixed = self.task.fixed(config, self.trainer.takes, held_out or data)
+        self.fixed: Fixed = self.task.fixed(config, denoiser, held_out or data)
         self.prompts = self._prompts(held_out or data)
-        self._codec: Any = None  # or why there is none
+        self._codec: Any = getattr(denoiser, "codec", None)  # or why there is none
         self.progress = Progress()
         self.signal = int(signal.SIGTERM)  # what ended a run that ended by "signal"
+        self.asked: int = False  # whether a checkpoint is wanted now
         self.header = {"config": asdict(config), "shape": list(data.shape), "classes": list(data.classes)}
         self._prepare_folder()
         self._resume()
@@ -278,7 +307,7 @@ class Runner:
     def _start_from(self, net: nn.Module) -> list[str]:
         """Weights of `init_from`, unless the run goes on from its own."""
         config = self.config
-        if not config.init_from or (checkpoints(self.folder / "checkpoint") and not config.overwrite):
+        if not config.init_from or (checkpoints(self.folder / "checkpoint") and not self.afresh):
             return []
         notes = [f"weights of {config.init_from}", *start_from(net, config.init_from, config.init_weights)]
         self.say("\n".join(notes))
@@ -286,18 +315,23 @@ class Runner:
 
     def _prompts(self, data: Any) -> list[str]:
         """The words behind fixed["pooled"], where they are known."""
-        if "pooled" not in self.fixed:
+        if not {"pooled", "ids"} & self.fixed.keys():
             return []
         captions = [] if getattr(data, "prompts", None) is not None else getattr(data, "captions", [])
-        return list(self.config.sample.prompts or captions[: len(self.fixed["pooled"])])
+        return list(self.config.sample.prompts or captions[: len(next(iter(self.fixed.values())))])
 
     # folder and resume
+
+    @property
+    def afresh(self) -> bool:
+        """Whether what lies in the folder is to go; not when torchrun starts processes again that died."""
+        return self.config.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
     def _prepare_folder(self) -> None:
         if not self.world.first:
             return
         try:
-            if self.config.overwrite and self.folder.exists():
+            if self.afresh and self.folder.exists():
                 if not (self.folder / "config.json").is_file():
                     raise UserError("this folder is no run, so it is not removed", file=self.folder, fix="name=ANOTHER")
                 shutil.rmtree(self.folder)
@@ -321,7 +355,7 @@ class Runner:
                 "processes": self.world.size,
                 "threads": torch.get_num_threads(),
                 "parameters": net_size(net),
-                "flops": net_flops(net),
+                "flops": self.flops,
                 "init": self.notes or self._noted(),
             },
             "data.json": {
@@ -364,26 +398,22 @@ class Runner:
         if checkpoint is None:
             return
         state = checkpoint.state
-        big = {name: dict(checkpoint.files[name]) for name in checkpoint.files if name != "optimizer"}
-        big["optimizer"] = unpack_state(checkpoint.files["optimizer"], state["optimizer"])
-        small = unpack_state({}, state["trainer"])
-        self.trainer.load_state(big, small)
+        self.trainer.load_state(_Saved(checkpoint), unpack_state({}, state["trainer"]))
         self.progress = Progress(**state["progress"])
         self.say(f"resuming {self.folder} at step {self.trainer.step}")
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint; when it returns the checkpoint is on the disk."""
-        if not self.world.first:
+        """Write a checkpoint; when it returns the checkpoint is on the disk. The first process does it, of a sharded net all."""
+        if not (self.world.first or self.trainer.sharded):
             return
-        big, small = self.trainer.state()
-        tensors, optimizer = pack_state(big.pop("optimizer"))
-        files = {name: (values, self.header) for name, values in big.items()} | {"optimizer": (tensors, {})}
-        state = {"optimizer": optimizer, "trainer": pack_state(small)[1], "progress": self.progress.plain()}
-        root, step = self.folder / "checkpoint", self.trainer.step
+        tensors, small = self.trainer.save_state()
+        files = {name: (values, {} if name == "optimizer" else self.header) for name, values in tensors.items()}
+        state = {**small, "progress": self.progress.plain()}
+        root, step, world = self.folder / "checkpoint", self.trainer.step, self.world if self.trainer.sharded else None
         if best:
-            save_best(root, step, files, state)
+            save_best(root, step, files, state, world)
         else:
-            save_checkpoint(root, step, files, state, self.config.keep)
+            save_checkpoint(root, step, files, state, self.config.keep, world)
 
     # the loop's company
 
@@ -399,8 +429,7 @@ class Runner:
                     each(step)
                     self._gather(step)
                     reason = self._after(step, signals)
-                    if reason or self._due(cfg.checkpoint_every) or signal.SIGUSR1 in signals:
-                        signals.discard(signal.SIGUSR1)
+                    if reason or self._due(cfg.checkpoint_every) or self.asked:
                         self._tick()
                         self.save()
                         saved = trainer.step
@@ -409,7 +438,7 @@ class Runner:
             except UserError:
                 self._dump_bad_batch()
                 raise
-        if saved != trainer.step or not (self.folder / "checkpoint").exists():
+        if self.world.max(saved != trainer.step or not (self.folder / "checkpoint").exists()):
             self._tick()
             self.save()
         self._publish()
@@ -431,18 +460,26 @@ class Runner:
             reason = self._validate()
         if self._due(cfg.log_every) or self.trainer.step == cfg.steps:
             self._log(step)
-        if self._due(cfg.sample_every) and self.world.first:
+        if self._due(cfg.sample_every):
             self._tick()
             self._sample()
             self.clock = time.perf_counter()
-        if self._due(cfg.snapshot_every) and self.world.first:
+        if self._due(cfg.snapshot_every):
             self._snapshot()
         self._tick()
         if cfg.time_limit and self.progress.seconds >= cfg.time_limit:
             reason = "time"
-        if stop := signals & {signal.SIGTERM, signal.SIGINT}:
-            reason, self.signal = "signal", int(max(stop))
-        return REASONS[self.world.max(REASONS.index(reason))]
+        return self._agree(reason, signals)
+
+    def _agree(self, reason: str, signals: set[int]) -> str:
+        """Why all processes stop, or ''; a signal may have reached one of them only."""
+        asked, stop = signal.SIGUSR1 in signals, max(signals - {signal.SIGUSR1}, default=0)
+        if asked:
+            signals.discard(signal.SIGUSR1)
+        mine = REASONS.index("signal" if stop else reason)
+        why, stop, self.asked = self.world.largest(mine, int(stop), int(asked))
+        self.signal = stop or self.signal
+        return REASONS[why]
 
     def _gather(self, step: Step) -> None:
         p = self.progress
@@ -452,6 +489,7 @@ class Runner:
 
     def _log(self, step: Step) -> None:
         p, now = self.progress, time.perf_counter()
+        self.memory = self.world.max(self.world.memory) / 2**30  # the most that any process held so far
         seconds, steps = now - self.pace[0], self.trainer.step - self.pace[1]
         row = {
             "step": self.trainer.step,
@@ -459,7 +497,8 @@ class Runner:
             "lr": step.lr,
             "grad_norm": float(step.grad_norm),
             "skipped": p.skipped,
-            "images_per_s": steps * self.config.batch_size / max(seconds, 1e-9),
+            "images_per_s": steps * self.config.batch_size / max(seconds, 1e-9),  # of all processes
+            "memory_gb": self.memory,
             "seconds": p.seconds,
         }
         p.loss_sum, p.loss_count, self.pace = 0.0, 0, (now, self.trainer.step)
@@ -476,7 +515,7 @@ class Runner:
         assert self.validator is not None
         p, row = self.progress, self.validator.row()
         self.record({"step": self.trainer.step, **row})
-        loss = row.get("val/ema_loss", row["val/loss"])
+        loss = self.world.told(row.get("val/ema_loss", row["val/loss"]))[0]  # all act on the same number
         p.waited = 0 if loss < p.best else p.waited + 1
         if loss < p.best:
             p.best = loss
@@ -484,13 +523,38 @@ class Runner:
         return "patience" if self.config.patience and p.waited >= self.config.patience else ""
 
     def pictures(self, n: int, weights: int | None = 0, first: int = 0) -> Tensor:
-        """n samples (n *shape) at seeds first, first + 1, ..., conditions in turn; of the average `weights`, None = raw."""
-        model, seeds = self.trainer.denoiser, range(first, first + n)
-        drawn = lambda: self.task.pictures(model, self.config, self.data.shape, self.fixed, seeds)
-        if weights is None or not self.trainer.emas:
-            return drawn()
-        with self.trainer.emas[weights].swap(model.net):
-            return drawn()
+        """n samples (n *shape) at seeds first, first + 1, ..., conditions in turn; of the average `weights`, None = raw.
+
+        Drawn by this process alone; of a sharded net by the weights that were saved last.
+        """
+        with self._model(weights, alone=True) as model:
+            return self.task.pictures(model, self.config, self.data.shape, self.fixed, range(first, first + n))
+
+    def _share(self, n: int, weights: int | None) -> Tensor:
+        """This process's part of n pictures, as many as every other one's; those beyond n are too many."""
+        size, world = tuple(self.data.shape), self.world
+        each = -(-n // world.size)
+        start = world.rank * each
+        with self._model(weights) as model:
+            fixed = self.fixed or conditions(model.net, {}, start + each)
+            mine = {name: v[(start + torch.arange(each)) % len(v)] for name, v in fixed.items()}
+            return self.task.pictures(model, self.config, size, mine, range(start, start + each))
+
+    @contextmanager
+    def _model(self, weights: int | None, alone: bool = False) -> Iterator[Any]:
+        """The model with an average's weights, None = raw. alone: for the use of one process, which has the whole net."""
+        model, emas = self.trainer.denoiser, self.trainer.emas
+        if self.trainer.sharded and alone:
+            checkpoint = find_checkpoint(self.folder)
+            model = make_denoiser(self.config)
+            load_weights(model.net, checkpoint.files["model" if weights is None or not emas else f"ema-{weights}"])
+            adapt(model.to(self.world.device))
+            yield model
+        elif weights is None or not emas:
+            yield model
+        else:
+            with emas[weights].swap(model.net):
+                yield model
 
     def images(self, x0: Tensor) -> Tensor:
         """Samples as images in [-1, 1], latents decoded by the run's codec; see `Run.images`."""
@@ -507,21 +571,39 @@ class Runner:
     def _sample(self) -> None:
         """Grids of the raw weights and of the first average; a picture that cannot be drawn is never worth a run."""
         for name, weights in (("raw", None), ("ema", 0))[: 1 + bool(self.trainer.emas)]:
-            self.draw(self.folder / f"samples/step-{self.trainer.step:08d}-{name}.png", weights)
+            self.draw(self.folder / f"samples/step-{self.trainer.step:08d}-{name}.png", weights, together=True)
 
-    def draw(self, path: Path, weights: int | None = 0) -> None:
-        """The run's grid into a PNG and to the trackers, or a line why not."""
-        if isinstance(self._codec, UserError):
-            return
-        n = self.config.sample.n
-        try:
-            images = self.images(self.pictures(n, weights))
+    def draw(self, path: Path, weights: int | None = 0, together: bool = False) -> None:
+        """The run's grid into a PNG and to the trackers, or a line why not; `together`: all processes draw it, a part each."""
+        n, spread = self.config.sample.n, together and self.world.size > 1 and self.task.spread
+        images, problem = self._attempt(n, weights, path.name, together, spread)
+        problems = self.world.told(problem) if together else [problem]
+        if failed := [p for p in problems if p is not None]:
+            return self.say(failed[0]) if failed[0] else None
+        assert images is not None
+        if spread:
+            images = self.world.gather(images)[:n]
+        if self.world.first:
             save_png(picture(images, self.task.columns(len(self.data.classes), self.fixed, n)), path)
+            self.show(path)
+
+    def _attempt(
+        self, n: int, weights: int | None, name: str, together: bool, spread: bool
+    ) -> tuple[Tensor | None, str | None]:
+        """Pictures, or why there are none: "" where that was said before."""
+        try:
+            if isinstance(self._codec, UserError):
+                return None, ""
+            if spread:
+                x0 = self._share(n, weights)
+            elif together:
+                with self._model(weights) as model:
+                    x0 = self.task.pictures(model, self.config, self.data.shape, self.fixed, range(n))
+            else:
+                x0 = self.pictures(n, weights)
+            return self.images(x0), None
         except UserError as e:
-            if e is not self._codec:
-                self.say(f"no {path.name}: {' '.join(str(e).split())}")
-            return
-        self.show(path)
+            return None, "" if e is self._codec else f"no {name}: {' '.join(str(e).split())}"
 
     def show(self, path: Path) -> None:
         """A picture of the run to every tracker."""
@@ -529,12 +611,11 @@ class Runner:
             tracker.image(path, self.trainer.step)
 
     def _publish(self) -> None:
-        """What comes of a run besides checkpoints, by the first average: an autoencoder's codec."""
+        """What comes of a run besides checkpoints, by the first average."""
         if not self.world.first:
             return
-        net = self.trainer.denoiser.net
-        with self.trainer.emas[0].swap(net) if self.trainer.emas else nullcontext():
-            self.task.publish(net, self.trainer.data, self.config.seed, self.folder / "codec")
+        with self._model(0, alone=True) as model:
+            self.task.publish(model, self.trainer.data, self.config.seed, self.folder)
 
     def close(self, reason: str = "done") -> None:
         """Tell the trackers that no more will come."""
@@ -544,7 +625,9 @@ class Runner:
     def _snapshot(self) -> None:
         for spec, ema in zip(self.config.ema, self.trainer.emas):
             if spec["name"] == "power":
-                save_snapshot(self.folder / "ema", self.trainer.step, spec.get("sigma_rel", 0.05), ema.tensors)
+                tensors = ema.whole()
+                if self.world.first:
+                    save_snapshot(self.folder / "ema", self.trainer.step, spec.get("sigma_rel", 0.05), tensors)
 
     def _dump_bad_batch(self) -> None:
         if self.trainer.bad_steps and self.world.first:

@@ -6,7 +6,7 @@ Everything random in step k is a function of (seed, k): one generator draws for 
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -14,14 +14,18 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from nanodiffusion.config import TrainConfig, from_dict, make
+from nanodiffusion.checkpoint import check_fit, pack_state
+from nanodiffusion.config import TrainConfig, from_dict, make, validate_training
 from nanodiffusion.data import order
 from nanodiffusion.denoiser import DISTANCES, WEIGHTS, Cond, Denoiser, expand
 from nanodiffusion.distributed import World
 from nanodiffusion.ema import EMA, PROFILES
-from nanodiffusion.errors import UserError, lookup
-from nanodiffusion.guidance import unconditional
+from nanodiffusion.errors import UserError, lookup, need
+from nanodiffusion.fast import BLOCKS, compile_blocks
 from nanodiffusion.noise import Density
+from nanodiffusion.shard import FUSED, WHOLE, load_parts, local, optimizer_parts, parts, repeated, shard, sharded
+
+VALIDATION_SEED = 7  # of whatever a validation draws, the same each time
 
 
 class Data(Protocol):
@@ -76,13 +80,34 @@ def mix(*numbers: int) -> int:
 
 # -- optimisers and learning rates ---------------------------------------------------------------------------------------
 
-OPTIMIZERS = {
+TORCH_OPTIMIZERS = {
     k: v
     for k, v in vars(torch.optim).items()
     if inspect.isclass(v)
     and issubclass(v, torch.optim.Optimizer)
     and k not in ("Optimizer", "LBFGS", "SparseAdam")  # the base class; a closure, sparse gradients: not this loop's
 }
+
+
+def adamw_8bit(
+    params: list[nn.Parameter],
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    min_8bit_size: int = 4096,
+) -> torch.optim.Optimizer:
+    """AdamW whose averages are 8-bit numbers in blocks with a scale each (Dettmers et al. 2022), of bitsandbytes.
+
+    Parameters of fewer than `min_8bit_size` numbers have averages in fp32.
+    """
+    optim = need("bitsandbytes", "bnb").optim
+    return optim.AdamW8bit(
+        params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, min_8bit_size=min_8bit_size
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {**TORCH_OPTIMIZERS, "AdamW8bit": adamw_8bit}
 # Made of other schedulers or of functions, which a recipe cannot name; LRScheduler is their base class.
 _NOT_BY_NAME = {"LRScheduler", "ChainedScheduler", "SequentialLR", "LambdaLR", "MultiplicativeLR"}
 TORCH_SCHEDULERS = {
@@ -130,12 +155,13 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch
     """The optimiser by name, fused where torch has it."""
     spec = config.optimizer
     cls = OPTIMIZERS.get(spec.get("name", ""))
-    fused = {"fused": True} if cls and "fused" in inspect.signature(cls).parameters else {}
+    able = cls and "fused" in inspect.signature(cls).parameters
+    fused = {"fused": True} if able and (spec["name"] in FUSED or not any(map(sharded, parameters))) else {}
     build = make(OPTIMIZERS, {**({} if "foreach" in spec else fused), **spec}, "optimizer", lr=config.lr)
     try:
         return build(parameters)
     except (TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f"torch's {spec['name']} refuses its options", key="optimizer", found=str(e)) from None
+        raise UserError(f"{spec['name']} refuses its options", key="optimizer", found=str(e)) from None
 
 
 def _rehearse(row: Callable[..., Any], config: TrainConfig) -> None:
@@ -184,8 +210,9 @@ class Draw(NamedTuple):
 class Trainer:
     """Fits a denoiser to data: iterate over it, one `Step` per update. Its `state` is all a resumed run needs.
 
-    denoiser: or another module with its `net`, `precision` and `loss`, and `noise_shape` where its noise has not the
-    shape of a sample. density: (n, generator) -> sigma (n), see noise.py. It is trained where `world.device` is.
+    denoiser: or another module with its `net`, `precision` and `loss`, `takes` and `unconditional` where it is
+    conditioned, and `noise_shape` where its noise has not the shape of a sample. density: (n, generator) -> sigma (n), see
+    noise.py. It is trained where `world.device` is.
     Raises UserError for a batch that does not divide, and after `max_bad_steps` non-finite updates in a row.
     """
 
@@ -206,27 +233,51 @@ class Trainer:
                 expected=f"a multiple of accumulate * processes = {self.parts}",
                 found=config.batch_size,
             )
+        self.micro_batch = config.batch_size // self.parts  # samples that a process holds at once
+        validate_training(config)
         device = self.world.device
         self.denoiser, self.data = denoiser.to(device), data.to(device)
         self.noise_shape: tuple[int, ...] = getattr(denoiser, "noise_shape", tuple(data.shape))
-        self.null_label = getattr(denoiser.net, "null_label", None)
-        self.takes: tuple[str, ...] = getattr(denoiser.net, "takes", ())
+        self.sharded = config.parallel == "fsdp" and self.world.size > 1  # the net lies in parts on all processes
+        self._compile_blocks()
+        if self.sharded:
+            self._shard()
+        self.takes: tuple[str, ...] = getattr(denoiser, "takes", ())
         self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, config)
         self.scheduler = make_scheduler(self.optimizer, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=denoiser.precision == torch.float16)
-        profiles = [make(PROFILES, spec, "ema", batch=config.batch_size)() for spec in config.ema]
-        self.emas = [EMA(denoiser.net, profile) for profile in profiles]
+        self.emas = [self._average(spec) for spec in config.ema]
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in denoiser.modules())
         self.generator = torch.Generator(device)
         self.step, self.bad_steps = 0, 0
         self.plain_objective = Objective(denoiser, config.loss, make(WEIGHTS, config.weight, "weight"))
         self.objective = self._wrap(self.plain_objective)
 
+    def _average(self, spec: dict[str, Any]) -> EMA:
+        options = {k: v for k, v in spec.items() if k != "device"}
+        profile = make(PROFILES, options, "ema", batch=self.config.batch_size)()
+        return EMA(self.denoiser.net, profile, spec.get("device", ""))
+
+    def _compile_blocks(self) -> None:
+        if self.config.compile == "blocks":
+            compile_blocks(self.denoiser)
+            for block in repeated(self.denoiser):
+                if not isinstance(block, BLOCKS):
+                    block.compile()
+
+    def _shard(self) -> None:
+        if (name := self.config.optimizer.get("name")) in WHOLE:
+            fix = "parallel=ddp, or optimizer=AdamW"
+            raise UserError("this optimiser cannot work on parts", key="optimizer", found=name, fix=fix)
+        if self.config.compile is True:
+            raise UserError("a sharded loss is not compiled as a whole", key="compile", fix="compile=blocks")
+        shard(self.denoiser, self.world)
+
     def _wrap(self, objective: nn.Module) -> nn.Module:
-        if self.config.compile:
+        if self.config.compile is True:
             objective.compile()
-        if self.world.size == 1:
+        if self.world.size == 1 or self.sharded:
             return objective
         ids = [self.world.device] if self.world.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False)
@@ -239,17 +290,48 @@ class Trainer:
         """This process's micro-batches of update `self.step`, each a slice of one draw for the global batch."""
         b, g = self.config.batch_size, self.generator.manual_seed(mix(self.config.seed, self.step))
         uniform = lambda *shape: torch.rand(*shape, generator=g, device=g.device)
+        index, shape = self._order()
         whole = Draw(
-            index=order(len(self.data), b, self.config.seed, self.step).to(g.device),
+            index=index.to(g.device),
             sigma=self.density(b, g),
-            eps=torch.randn(b, *self.noise_shape, generator=g, device=g.device),
+            eps=torch.randn(b, *shape, generator=g, device=g.device),
             u=uniform(b, self.data.draws),
             keep=uniform(b) >= self.config.cond_dropout if self.takes else self._all(b),
         )
+        if self.config.offset_noise:  # one number a channel; after all else, which stays as it is without
+            offset = torch.randn(b, shape[0], *[1] * (len(shape) - 1), generator=g, device=g.device)
+            whole = whole._replace(eps=whole.eps + self.config.offset_noise * offset)
         if self.parts == 1:
             return [whole]
         cuts = zip(*(t.chunk(self.parts) for t in whole))
         return [Draw(*cut) for i, cut in enumerate(cuts) if i % self.world.size == self.world.rank]
+
+    def _order(self) -> tuple[Tensor, tuple[int, ...]]:
+        """Which samples make up the global batch, and the shape of their noise: the data's own say, where it has one."""
+        data: Any = self.data
+        own = getattr(data, "order", None)
+        asked = self.config.batch_size, self.config.seed, self.step
+        index = own(*asked) if own else order(len(data), *asked)
+        varies = hasattr(data, "shape_of") and not hasattr(self.denoiser, "noise_shape")
+        return index, tuple(data.shape_of(index)) if varies else self.noise_shape
+
+    def _following(self) -> Draw | None:
+        """The first micro-batch of the next update, where the data can begin to prepare it.
+
+        It is drawn twice, which is cheap beside decoding a picture, so that no noise is kept meanwhile.
+        """
+        if not hasattr(self.data, "prefetch") or self.step + 1 >= self.config.steps:
+            return None
+        self.step += 1
+        try:
+            return self.draw()[0]
+        finally:
+            self.step -= 1
+
+    def _announce(self, draw: Draw | None) -> None:
+        """Tell the data which micro-batch comes after the one that is about to be asked for: one waits, and no more."""
+        if draw is not None and hasattr(self.data, "prefetch"):
+            self.data.prefetch(draw.index, draw.u)  # type: ignore[attr-defined]
 
     def _all(self, b: int) -> Tensor:
         return torch.ones(b, dtype=torch.bool, device=self.world.device)
@@ -266,7 +348,7 @@ class Trainer:
         return {name: value for name, value in given.items() if name in self.takes or name == "mask"}
 
     def _dropped(self, cond: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-        nothing = unconditional(cond, self.null_label)
+        nothing = self.denoiser.unconditional(cond) if self.takes else cond
         return {name: torch.where(expand(keep, c), c, nothing[name]) for name, c in cond.items()}
 
     def update(self) -> Step:
@@ -278,8 +360,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         draws, losses = self.draw(), []
         for k, draw in enumerate(draws):
-            waits = self.world.size > 1 and k + 1 < len(draws)
-            with self.objective.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            last = k + 1 == len(draws)
+            self._announce(self._following() if last else draws[k + 1])
+            with self._exchanging(last):
                 loss = self.losses(draw)
                 self.scaler.scale(loss.mean() / len(draws)).backward()
             losses.append(loss.detach())
@@ -291,15 +374,28 @@ class Trainer:
         self._guard(skipped, mean)
         return Step(self.step, mean, per_sample, torch.cat([d.sigma for d in draws]), norm, lr, skipped)
 
+    def _exchanging(self, now: bool) -> Any:
+        """Gradients are averaged over the processes after the last micro-batch alone."""
+        if self.sharded:
+            self.denoiser.net.set_requires_gradient_sync(now)  # type: ignore[operator]
+        elif self.world.size > 1 and not now:
+            return self.objective.no_sync()  # type: ignore[operator]
+        return nullcontext()
+
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        """Of the whole gradient, of which each process may have a part."""
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        return self.world.sum(norm.square()).sqrt() if self.sharded else norm
+
     def _apply(self, loss: Tensor) -> tuple[Tensor, bool]:
         """Clip, update weights and averages; a non-finite loss or gradient leaves them and the optimiser alone."""
         self.scaler.unscale_(self.optimizer)
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        grads = [local(p.grad) for p in self.parameters if p.grad is not None]
+        norm = self._norm(grads)
         skipped = not bool((norm + loss).isfinite())
         if not skipped:
             if self.config.clip:
-                nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+                torch._foreach_mul_(grads, (self.config.clip / (norm + 1e-6)).clamp(max=1.0))
             self.scaler.step(self.optimizer)
             for ema in self.emas:
                 ema.update(self.step + 1)
@@ -320,16 +416,33 @@ class Trainer:
             )
 
     def state(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        """State dicts of weights, averages and optimiser, and the small rest; see `load_state`."""
+        """State dicts of weights, averages and optimiser, and the small rest; see `load_state`.
+
+        Of a sharded net the averages are this process's parts, all else is DTensors; see `save_state`.
+        """
         big = {"model": self.denoiser.net.state_dict(), "optimizer": self.optimizer.state_dict()}
         big |= {f"ema-{i}": ema.tensors for i, ema in enumerate(self.emas)}
         small = {"step": self.step, "bad_steps": self.bad_steps, "scaler": self.scaler.state_dict()}
         return big, small | {"scheduler": self.scheduler.state_dict()}
 
-    def load_state(self, big: dict[str, dict[str, Any]], small: dict[str, Any]) -> None:
-        """Continue exactly where `state` was taken."""
-        self.denoiser.net.load_state_dict(big["model"])
-        self.optimizer.load_state_dict(big["optimizer"])
+    def save_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """`state` as files of tensors, by name, and what JSON takes; of a sharded net, what this process has to write."""
+        big, small = self.state()
+        tensors, structure = pack_state(big.pop("optimizer"))
+        like = self.denoiser.net.state_dict()
+        files = {name: parts(values, self.world.first, like) for name, values in big.items()}
+        files["optimizer"] = parts(tensors, self.world.first)
+        return files, {"optimizer": structure, "trainer": pack_state(small)[1]}
+
+    def load_state(self, big: Mapping[str, Mapping[str, Any]], small: dict[str, Any]) -> None:
+        """Continue exactly where `state` was taken, by however many processes, sharded or not: `big` is of whole tensors.
+
+        A sharded net reads them one file after the other into the machine's memory, and keeps its parts.
+        """
+        check_fit(self.denoiser.net.state_dict(), weights := dict(big["model"]))
+        load_parts(self.denoiser.net, weights)
+        del weights
+        self.optimizer.load_state_dict(optimizer_parts(big["optimizer"], self.optimizer))
         for i, ema in enumerate(self.emas):
             ema.load(big[f"ema-{i}"])
         self.scaler.load_state_dict(small["scaler"])

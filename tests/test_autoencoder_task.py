@@ -15,8 +15,8 @@ from PIL import Image
 from tiny import differences, make_runner, rows
 from torch.testing import assert_close
 
+from nanodiffusion.autoencode import Autoencoder, AutoencoderConfig, Autoencoding, divergence, latent_statistics, psnr
 from nanodiffusion.errors import UserError
-from nanodiffusion.objective import Autoencoder, AutoencoderConfig, Autoencoding, divergence, latent_statistics, psnr
 from nanodiffusion.run import load_run
 from nanodiffusion.train import Step
 

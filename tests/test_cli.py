@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ validate_every: 4
 checkpoint_every: 6
 sample: {sampler: euler, ladder: karras, steps: 3, guidance: 1.5, n: 6}
 """
-TIMES = ("images_per_s", "seconds")
+TIMES = ("images_per_s", "seconds", "memory_gb")
 
 
 @pytest.fixture(scope="module")
@@ -439,6 +440,27 @@ def test_samples_of_other_settings_are_never_overwritten(
         assert (after["arr_0"] == before["arr_0"]).all()
 
 
+def test_a_setting_that_is_no_longer_given_makes_other_samples(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    arrays(trained, tmp_path / "x.npz", "class=1", "frames=3", "noise=slerp")
+    assert main(["sample", str(trained), f"npz={tmp_path / 'x.npz'}", "class=1", "n=3"]) == 2
+    assert "key frames, noise" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[1]", b"null", b"{}", b'{"sed": 0}'])
+def test_damaged_settings_of_an_interrupted_npz_are_one_message(
+    text: bytes, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    parts = tmp_path / "x.npz.parts"
+    parts.mkdir()
+    (parts / "settings.json").write_bytes(text)
+    assert main(["sample", str(trained), f"npz={tmp_path / 'x.npz'}", "n=2", "steps=1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: these settings are damaged") and f"file {parts / 'settings.json'}" in error
+    assert "found: " in error and f"fix: another npz=, or delete {parts}" in error
+
+
 def test_pictures_carry_the_settings_that_made_them(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = ["n=4", "class=2", "guidance=2", "sampler=heun", "sampler.churn=0.1", "ladder.rho=5", "interval=[0.1,5]"]
     files = [f"grid={tmp_path / 'g.png'}", f"strip={tmp_path / 's.png'}", f"gif={tmp_path / 'a.gif'}"]
@@ -485,6 +507,31 @@ def test_info_knows_runs_checkpoints_files_and_recipes(trained: Path, tiny: Path
     told = capsys.readouterr().out
     assert re.search(r"step-00000012 +sound", told) and re.search(r"best +sound", told)
     assert "3: 0, 1, 2" in told
+
+
+def test_info_says_that_an_autoencoder_is_one(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    net = "net={name:autoencoder,widths:[8,8],latent_channels:2,groups:4,blocks:1}"
+    words = [f"data={{name:array,path:'{tiny.parent / 'data.npz'}'}}", net, "steps=1", "batch_size=4", "device=cpu"]
+    words += ["validation=0.2", "validate_every=0", "sample_every=0", f"out={tmp_path}"]
+    assert main(["train", "autoencoder", *words]) == 0
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "autoencoder")]) == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert told["what"].startswith("an autoencoder") and told["task"].startswith("autoencode (kl")
+    assert told["codec"] == str(tmp_path / "autoencoder/codec")
+    assert not {"prediction", "schedule", "sampler", "ladder"} & told.keys()
+
+
+@pytest.mark.parametrize("command", ["sample", "info", "evaluate"])
+def test_a_folder_of_runs_is_refused_with_their_names(
+    command: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("one", "two"):
+        shutil.copytree(trained, tmp_path / name)
+    assert main([command, str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "this folder holds runs" in error and "found: one, two" in error
+    assert f"fix: nanodiffusion {command} {tmp_path / 'one'}" in error
 
 
 def test_report_writes_the_page_again(trained: Path):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from latent_runs import write_codec, write_run
 from PIL import Image
 
 from nanodiffusion.cli import main
@@ -154,7 +155,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inception:
     torch.save(net.state_dict(), tmp_path / "pt_inception-0.pth")
     address = (tmp_path / "pt_inception-0.pth").as_uri()
     file = Published(address, hashlib.sha256((tmp_path / "pt_inception-0.pth").read_bytes()).hexdigest())
-    for module in ("nanodiffusion.evaluate.features", "nanodiffusion.cli.measured"):
+    for module in ("nanodiffusion.evaluate.features", "nanodiffusion.cli.evaluate.reference"):
         monkeypatch.setattr(f"{module}.INCEPTION", file)
     return net
 
@@ -192,6 +193,45 @@ def test_a_runs_own_images_are_those_of_sample(run: Path, tmp_path: Path):
     assert evaluate(run, "n=20", *words, f"out={tmp_path / 'run'}") == 0
     values = [next(iter(result(tmp_path / name)["metrics"].values()))["value"] for name in ("npz", "run")]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_the_classes_inside_pictures_of_sample_are_read(run: Path, tmp_path: Path):
+    files, words = [f"npz={tmp_path / 's.npz'}", f"out={tmp_path / 'each'}"], ("features=pixels", "metrics=[accuracy]")
+    assert main(["sample", str(run), "n=20", "class=[2,0]", *files, "device=cpu"]) == 0
+    scores = []
+    for name in ("s.npz", "each"):
+        assert (
+            evaluate(tmp_path / name, f"reference={run.parents[1] / 'data.npz'}", *words, f"out={tmp_path / 'r'}") == 0
+        )
+        scores.append(result(tmp_path / "r")["metrics"]["accuracy (features: pixels)"])
+    assert scores[0] == scores[1]
+    assert open_images(str(tmp_path / "each")).labels.tolist() == [2, 0] * 10  # type: ignore[union-attr]
+    Image.new("L", (4, 4)).save(tmp_path / "each" / "other.png")
+    assert open_images(str(tmp_path / "each")).labels is None
+
+
+def test_a_run_is_asked_for_classes_as_sample_is(run: Path, tmp_path: Path):
+    npz, words = tmp_path / "s.npz", ("features=pixels", "metrics=[frechet,accuracy]")
+    assert main(["sample", str(run), "n=20", "class=[2,0]", f"npz={npz}", "batch=20", "device=cpu"]) == 0
+    assert evaluate(npz, f"reference={run.parents[1] / 'data.npz'}", *words, f"out={tmp_path / 'npz'}") == 0
+    assert evaluate(run, "n=20", "class=[2,0]", *words, f"out={tmp_path / 'run'}") == 0
+    found = [result(tmp_path / name) for name in ("npz", "run")]
+    for one, other in zip(*(r["metrics"].values() for r in found)):
+        assert one["value"] == pytest.approx(other["value"], rel=1e-6)
+    assert found[1]["samples"]["class"] == [2, 0]
+
+
+def test_a_run_is_asked_for_texts_as_sample_is(place: Path):
+    run = write_run(place / "run", pooled_dim=6, text="words:6", codec=str(write_codec(place / "vae")))
+    texts = ("text=[a cat,a dog]", "negative=a bird", "guidance=3", "n=20")
+    words = (f"reference={place / 'b.npz'}", "features=pixels", "metrics=[frechet]")
+    assert main(["sample", str(run), *texts, f"npz={place / 's.npz'}", "device=cpu"]) == 0
+    for where, more, name in ((place / "s.npz", (), "npz"), (run, texts, "own"), (run, (*texts[2:], "text=a"), "else")):
+        assert evaluate(where, *more, *words, f"out={place / name}") == 0
+    same, own, other = (next(iter(result(place / n)["metrics"].values()))["value"] for n in ("npz", "own", "else"))
+    assert own == pytest.approx(same, rel=1e-6) and other != pytest.approx(same, rel=1e-3)
+    told = result(place / "own")["samples"]
+    assert told["text"] == ["a cat", "a dog"] and told["negative"] == "a bird" and len(told["encoder_sha256"]) == 64
 
 
 CURVES = {"guidance": ("values=[1,2]", [1, 2]), "steps": ("values=[3,1]", [3, 1]), "training": ("batch=64", [3, 6])}
@@ -270,6 +310,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "key": (plain("referense=x"), "unknown key"),
     "type": (plain("n=many"), "wrong type"),
     "curve of no run": (plain("curve=guidance"), "is for a run"),
+    "class of no run": (plain("class=1"), "is for a run"),
     "nothing": (lambda place: [], "evaluate what"),
     "no reference": (lambda place: [f"{place / 'a.npz'}", "force=true"], "against what"),
     "no such images": (lambda place: ["fashion-mnits", "reference=digits"], "no images"),

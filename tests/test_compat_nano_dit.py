@@ -23,6 +23,8 @@ from torch.testing import assert_close
 from nanodiffusion.cli import main as command
 from nanodiffusion.codec import PixelCodec
 from nanodiffusion.compat import nano_dit as ours
+from nanodiffusion.denoiser import PREDICTIONS
+from nanodiffusion.draw import GAIN, bounded
 from nanodiffusion.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -131,8 +133,7 @@ def test_ddim_is_the_published_loop_away_from_the_last_level(name, steps):
     times = sampler.timesteps().tolist()
     even = torch.linspace(0, 1000, steps).round().long().flip(0).tolist()
     assert times[1:] == even[len(even) - len(times) + 1 :]  # that system's, but for the first
-    assert curve(times[0] / 1000) >= 1 / (1 + ours.START**2) * 0.999
-    want = published_loop(Smooth(), x.double(), times, curve, context)
+    want = published_loop(Smooth(), x.double(), times, lambda t: max(curve(t), 1e-9), context)
     x0, noisy = sampler.sample(x, context, return_intermediates=True)
     assert len(noisy) == len(want) == len(times) - 1 and torch.equal(noisy[-1], x0)
     for got, expected in zip(noisy, want):
@@ -141,25 +142,41 @@ def test_ddim_is_the_published_loop_away_from_the_last_level(name, steps):
 
 
 def ideal_eps(curve, std: float, error: float = 0.0):
-    """eps of Gaussian data, E[eps | x] = sqrt(1 - gamma) x / (gamma std^2 + 1 - gamma), wrong by a share."""
+    """eps of Gaussian data, E[eps | x] = sqrt(1 - gamma) x / (gamma std^2 + 1 - gamma), and an error beside it."""
 
     def model(x, timestep, context):
         gamma = max(curve(float(timestep[0]) / 1000), 1e-9)
-        return (1 - error) * math.sqrt(1 - gamma) / (gamma * std**2 + 1 - gamma) * x
+        wrong = error * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+        return math.sqrt(1 - gamma) / (gamma * std**2 + 1 - gamma) * x + wrong
 
     return model
 
 
 @every_curve
-@pytest.mark.parametrize("steps", [20, 50, 200])
+@pytest.mark.parametrize("steps", [2, 6, 20, 50, 200])
 def test_the_first_step_does_not_blow_up_what_the_model_gets_wrong(name, steps):
-    """An eps one per cent wrong moves the first x by at most ten; from gamma = 1e-9 it would be up to 45 times x."""
+    """An error of eps of 0.01 makes the first x at most a tenth larger; from gamma = 1e-9 it would be up to 45 times x."""
     kind, curve = CURVES[name]
     x, context = torch.randn(1000, 1, 2, 2), torch.zeros(1000, dtype=torch.int64)
     first = lambda error: ours.DDIMSampler(ideal_eps(curve, 1.0, error), kind(1000), 1000, steps).sample(
         x, context, return_intermediates=True
     )[1][0]
-    assert float(first(0.01).norm()) <= 1.1 * float(first(0.0).norm())
+    wrong, right = first(0.01), first(0.0)
+    assert float((wrong - right).norm() / x.norm()) <= 1.05 * 0.01 * GAIN
+    assert steps == 2 or float(wrong.norm()) <= 1.1 * float(right.norm())  # of two steps the first is the last
+
+
+@every_curve
+@pytest.mark.parametrize("steps", [2, 20, 50, 200, 1001])
+@pytest.mark.parametrize("b", [1.0, 0.5])
+def test_sampling_starts_where_the_core_s_does(name, steps, b):
+    """Its first timestep is the last whole one at or below the level that `draw.bounded` makes of the whole ladder."""
+    kind, curve = CURVES[name]
+    level = lambda t: math.sqrt(1 / max(curve(t / 1000), 1e-9) - 1)
+    even = torch.linspace(1000, 0, steps).round().tolist()
+    highest = bounded(torch.tensor([level(t) for t in even], dtype=torch.float64), PREDICTIONS["eps"])[0]
+    times = ours.DDIMSampler(Smooth(), kind(1000, scale_factor=b), 1000, steps).timesteps()
+    assert int(times[0]) == max(t for t in range(1, 1001) if level(t) <= float(highest) * (1 + 1e-9))
 
 
 @every_curve

@@ -81,8 +81,8 @@ def test_bounding_lowers_the_first_level_alone_and_only_of_predictions_that_grow
     for ladder in LADDERS:
         whole = make_ladder(SampleConfig(ladder={"name": ladder}, steps=steps), SCHEDULES[schedule]())
         for name in ("v", "flow", "edm", "x0", "x0_linear"):
-            torch.testing.assert_close(bounded(whole, Denoiser(Gauss(name), name)), whole, rtol=0, atol=0)
-        found = bounded(whole, Denoiser(Gauss("eps"), "eps"))
+            torch.testing.assert_close(bounded(whole, PREDICTIONS[name]), whole, rtol=0, atol=0)
+        found = bounded(whole, PREDICTIONS["eps"])
         torch.testing.assert_close(found[1:], whole[1:], rtol=0, atol=0)
         assert float(found[1]) < float(found[0]) <= float(whole[0])
         assert float(found[0]) == float(whole[0]) or float(found[0]) >= GAIN * (1 - 1e-12)
@@ -92,7 +92,7 @@ def test_the_ladder_of_ddpm_and_stable_diffusion_is_as_it_was():
     for schedule in ("ddpm", "ldm", "log_linear"):
         for ladder in ("trailing", "leading", "linspace", "karras"):
             whole = make_ladder(SampleConfig(ladder={"name": ladder}, steps=20), SCHEDULES[schedule]())
-            torch.testing.assert_close(bounded(whole, Denoiser(Gauss("eps"), "eps")), whole, rtol=0, atol=0)
+            torch.testing.assert_close(bounded(whole, PREDICTIONS["eps"]), whole, rtol=0, atol=0)
 
 
 # ---- a Gaussian

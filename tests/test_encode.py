@@ -207,6 +207,48 @@ def test_pixels_without_a_codec_are_the_bytes_themselves(tmp_path):
     assert data.codec == "" and data.text == "words:16"
 
 
+def labelled_shards(folder, metas, labels):
+    """One shard of small pictures of those labels, and what their json says."""
+    from nanodiffusion.data.shards import Sample, encode_sample, write_shard
+
+    rows = zip(metas, labels, strict=True)
+    samples = [Sample(f"{i:04d}", picture(i), "", label, meta, "") for i, (meta, label) in enumerate(rows)]
+    write_shard(folder / "00000.tar", map(encode_sample, samples))
+    return str(folder)
+
+
+CAT, FOX = {"class": "cat"}, {"class": "red_fox"}
+
+
+@pytest.mark.parametrize(
+    ("metas", "labels", "names"),
+    [
+        ([FOX, CAT, FOX], [2, 0, 2], ("cat", "1", "red_fox")),
+        ([FOX, CAT, {}], [1, 0, 1], ("0", "1")),
+        ([FOX, CAT, CAT], [1, 0, 1], ("0", "1")),
+        ([CAT, CAT, CAT], [0, 1, 0], ("0", "1")),
+        ([{"class": 3}, CAT, CAT], [1, 0, 0], ("0", "1")),
+        ([{"class": "1"}, {"class": "1"}, FOX], [0, 0, 2], ("0", "1", "2")),
+    ],
+    ids=["named", "one without", "two names", "one name twice", "no text", "another's number"],
+)
+def test_shards_that_name_every_class_give_their_names(tmp_path, metas, labels, names):
+    shards = labelled_shards(tmp_path, metas, labels)
+    encode(tmp_path / "x", source=shards, size=8)
+    data = load_data("encoded", path=str(tmp_path / "x"))
+    assert data.classes == names and data.labels.tolist() == labels
+
+
+def test_prepared_shards_are_encoded_with_the_names_of_their_folders(tmp_path):
+    for name in ("cat", "red fox", "zebra"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(2):
+            picture(i).save(tmp_path / "pictures" / name / f"{i}.png")
+    assert main(["prepare", str(tmp_path / "pictures"), f"out={tmp_path / 'shards'}", "per_shard=4"]) == 0
+    encode(tmp_path / "x", source=str(tmp_path / "shards"), size=8)
+    assert load_data("encoded", path=str(tmp_path / "x")).classes == ("cat", "red fox", "zebra")
+
+
 def test_the_test_split_of_a_set_by_name_makes_the_other_half(tmp_path):
     for part in ("train", "test"):
         encode(tmp_path / part, source="digits", split=part, n=50)
@@ -372,6 +414,29 @@ def test_calls_that_failed_before_any_part_leave_the_folder_free(place, tmp_path
     with pytest.raises(UserError, match="no captions"):
         encode(tmp_path / "x", **options)
     assert encode(tmp_path / "x", **{**options, "text": ""})["count"] == 1
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[1]", b"null", b'{"sorce": "x"}'])
+def test_damaged_settings_are_one_message_and_nothing_is_removed(place, tmp_path, text):
+    work = tmp_path / "x/.work"
+    work.mkdir(parents=True)
+    (work / "settings.json").write_bytes(text)
+    (work / "part-000000.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="these settings are damaged") as e:
+        encode(tmp_path / "x", **options_of(place))
+    assert e.value.details["file"] == work / "settings.json" and f"delete {work}" in str(e.value)
+    assert len(contents(work)) == 2
+
+
+def test_a_setting_by_another_name_is_another_encoding(place, tmp_path):
+    work = tmp_path / "x/.work"
+    shutil.copytree(place / "whole", work)
+    settings = json.loads((work / "manifest.json").read_bytes())["settings"]
+    (work / "settings.json").write_text(json.dumps({**settings, "limits": 3.0}))
+    (work / "part-000000.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="another encoding") as e:
+        encode(tmp_path / "x", **options_of(place))
+    assert e.value.details["key"] == "limits"
 
 
 # As a program: one import of torch for all the forks.

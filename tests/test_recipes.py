@@ -12,6 +12,7 @@ from PIL import Image
 from tiny import make_runner, rows
 from torch.testing import assert_close
 
+from nanodiffusion.autoencode import Autoencoder, AutoencoderConfig, save_codec
 from nanodiffusion.cli.train import plan
 from nanodiffusion.codec import AutoencoderKLConfig
 from nanodiffusion.config import Config, read_config
@@ -19,7 +20,7 @@ from nanodiffusion.data.encoded import FORMAT, MANIFEST, manifest_bytes
 from nanodiffusion.distributed import World
 from nanodiffusion.errors import UserError
 from nanodiffusion.nets import net_size
-from nanodiffusion.objective import Autoencoder, AutoencoderConfig, make_task, save_codec
+from nanodiffusion.objective import make_task
 from nanodiffusion.run import Run, Runner, load_run
 
 pytest.importorskip("hydra")
@@ -89,17 +90,21 @@ TINY = {
 }
 
 
-def shrunk(recipe: str, out: Path, data: Path, net: dict[str, Any], **more: Any) -> Runner:
+def shrunk(
+    recipe: str, out: Path, data: Path, net: dict[str, Any], say: Any = lambda text: None, **more: Any
+) -> Runner:
     """The Runner of a recipe with a net and a run made tiny, and everything else as it says."""
     config = one(recipe)
     small = {**asdict(config), **TINY, "out": str(out), "device": "cpu", "init_from": ""}
     small["net"] = {
-        k: v for k, v in config.net.items() if k not in ("in_size", "channels_in", "num_classes", "text_dim")
+        k: v
+        for k, v in config.net.items()
+        if k not in ("in_size", "channels_in", "concat_channels", "num_classes", "text_dim")
     }
     small["net"] |= net
     small["data"] = {**config.data, "path": str(data)}
     small["sample"] = {**asdict(config.sample), "n": 6, "steps": 4}
-    return Runner(read_config({**small, **more}), World(), lambda text: None)
+    return Runner(read_config({**small, **more}), World(), say)
 
 
 # -- what they promise -----------------------------------------------------------------------------------------------
@@ -142,6 +147,7 @@ def test_seed_004_is_a_recipe():
     assert (config.prediction, config.clock, config.ema[0]["decay"]) == ("x0_linear", "flow", 0.999)
     outpaint = one("tld-outpaint")
     assert outpaint.init_from == "runs/tld" and outpaint.net == {**config.net, "concat_channels": 4}
+    assert one("tld-outpaint", "net.channels_in=16").net["concat_channels"] == 16
 
 
 # -- three steps of each ---------------------------------------------------------------------------------------------
@@ -237,6 +243,51 @@ def test_a_codec_that_is_not_there_is_said_once_and_training_goes_on(tmp_path):
     assert runner.run() == "done"
     assert len(said) == 1 and "no pictures" in said[0] and "gone" in said[0] and "\n" not in said[0]
     assert list((runner.folder / "samples").iterdir()) == []
+
+
+def test_the_known_part_has_the_channels_of_the_data(tmp_path):
+    data = encoded(tmp_path, text="words:16", shape=(6, 4, 4))
+    runner = shrunk("tld-outpaint", tmp_path, data, SMALL["tld-outpaint"][0])
+    assert runner.config.net["channels_in"] == runner.config.net["concat_channels"] == 6
+    assert runner.trainer.denoiser.net.takes == ("pooled", "concat")
+
+
+@pytest.mark.parametrize(
+    ("net", "takes", "line"),
+    [
+        (
+            {},
+            ("label",),
+            "conditioned by class (3); the data's text is not used:"
+            " net.pooled_dim=16 adds it, net.num_classes=0 takes it instead",
+        ),
+        (
+            {"num_classes": 0},
+            ("pooled",),
+            "conditioned by text (16); the data's class is not used: net.num_classes=3 adds it",
+        ),
+        ({"pooled_dim": 16}, ("label", "pooled"), "conditioned by class (3), text (16)"),
+    ],
+    ids=["as the recipe is", "text", "both"],
+)
+def test_a_run_says_which_of_the_data_s_conditions_it_learns_by(tmp_path, net, takes, line):
+    said: list[str] = []
+    data = encoded(tmp_path, labels=True, text="words:16")
+    runner = shrunk("latent-dit", tmp_path, data, SMALL["latent-dit"][0] | net, said.append)
+    assert said == [line] and runner.trainer.denoiser.net.takes == takes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "line"),
+    [
+        ("tld", "conditioned by text (16); the data's class is not used"),
+        ("cifar10-latent", "conditioned by class (3); the data's text is not used"),
+    ],
+)
+def test_a_net_that_has_no_place_for_a_condition_is_offered_none(tmp_path, recipe, line):
+    said: list[str] = []
+    shrunk(recipe, tmp_path, encoded(tmp_path, labels=True, text="words:16"), SMALL[recipe][0], said.append)
+    assert said == [line]
 
 
 def test_class_counts_are_those_of_the_training_part(tmp_path):

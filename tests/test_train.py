@@ -20,7 +20,7 @@ from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.errors import UserError
 from nanodiffusion.nets import IdealDenoiser, build_net
 from nanodiffusion.noise import log_linear, log_normal, table_density
-from nanodiffusion.train import LR_SCHEDULES, OPTIMIZERS, TORCH_SCHEDULERS, Trainer, fit, mix
+from nanodiffusion.train import LR_SCHEDULES, TORCH_OPTIMIZERS, TORCH_SCHEDULERS, Trainer, fit, mix
 
 DENSITY = log_normal(-0.5, 1.0)
 
@@ -131,7 +131,7 @@ def reference_losses(trainer: Trainer, optimizer: torch.optim.Optimizer, weight:
     trainer.step = 0
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("name", sorted(TORCH_OPTIMIZERS))
 def test_any_optimiser_by_name_is_torchs_own(name):
     trainer = make_trainer(optimizer={"name": name})
     weight = nn.Parameter(Line().weight.detach().clone())
@@ -231,7 +231,7 @@ def test_any_torch_scheduler_by_name_is_torchs_own(name):
         scheduler.step(*[step.loss] * (name == "ReduceLROnPlateau"))
 
 
-PAIRS = [({"name": n}, {"name": "cosine"}) for n in sorted(OPTIMIZERS)] + [
+PAIRS = [({"name": n}, {"name": "cosine"}) for n in sorted(TORCH_OPTIMIZERS)] + [
     ({"name": "SGD", "momentum": 0.5}, {"name": n, **TORCH_OPTIONS.get(n, {})}) for n in sorted(LR_SCHEDULES)
 ]
 

@@ -20,7 +20,7 @@ from nanodiffusion.config import read_config
 from nanodiffusion.distributed import World
 from nanodiffusion.run import Runner
 
-TIMINGS = {"seconds", "images_per_s"}
+TIMINGS = {"seconds", "images_per_s", "memory_gb"}
 AVERAGES = [{"name": "ramped", "decay": 0.99}, {"name": "power", "sigma_rel": 0.1}]
 POINTS = {
     "data": {"name": "swiss-roll", "n": 60},
@@ -54,8 +54,9 @@ IMAGES = {
 def images(folder: Path, n: int = 24) -> dict[str, Any]:
     """A recipe's `data`: n labelled images (1 4 4) of noise in an npz file in `folder`."""
     random = np.random.default_rng(0)
-    path = folder / "images.npz"
-    np.savez(path, x=random.integers(0, 256, (n, 1, 4, 4), dtype=np.uint8), y=np.arange(n) % 3)
+    path, beside = folder / "images.npz", folder / f"images-{os.getpid()}.npz"
+    np.savez(beside, x=random.integers(0, 256, (n, 1, 4, 4), dtype=np.uint8), y=np.arange(n) % 3)
+    os.replace(beside, path)  # in one move, as another process may be reading it
     return {"name": "array", "path": str(path), "key": "x", "label_key": "y"}
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from nanodiffusion import __version__
@@ -24,6 +24,7 @@ Keys follow Hydra's grammar, and every key can be set, whether the recipe mentio
   nanodiffusion train digits sample.sampler=euler          short for sample.sampler.name=euler
   nanodiffusion train digits -m lr=1e-3,1e-4 seed=0,1      a sweep: four runs, each named after its keys
   torchrun --nproc_per_node 2 -m nanodiffusion train digits
+  nanodiffusion train --config_path my.yaml steps=100      or NANO_DIFFUSION_TRAINING_CONFIG=my.yaml; one of the two
 
 The run lies in out/name (runs/RECIPE). The same command resumes it, whatever interrupted it; Ctrl-C and SIGTERM save.
 """
@@ -71,8 +72,9 @@ What to write (a grid into the run's folder, if nothing is said):
 """
 
 EVALUATE = """\
-SAMPLES is an .npz of `nanodiffusion sample npz=`, a folder of images, or a RUN, which then draws them. REFERENCE is what they
-are held against: a data set by name, a folder, an .npz of images or of statistics; of a RUN it is its own training data.
+SAMPLES is an .npz of `nanodiffusion sample npz=`, a folder of images (sample's out=, or with a folder for each class), or a
+RUN, which then draws them. REFERENCE is what they are held against: a data set by name, a folder, an .npz of images or of
+statistics; of a RUN it is its own training data.
 
   nanodiffusion sample runs/cifar10 n=50000 npz=samples.npz
   nanodiffusion evaluate samples.npz reference=cifar10
@@ -93,25 +95,32 @@ are held against: a data set by name, a folder, an .npz of images or of statisti
   out=FILE.json          the result, with hashes, numbers and versions; by default beside SAMPLES
   device=auto batch=64
 
-Of a RUN (weights=, seed= and the keys of `sample`: guidance=, steps=, sampler=, ...):
+Of a RUN (weights=, seed= and the keys of `sample`: class=, text=, negative=, encoder=, guidance=, steps=, sampler=, ...):
 
   curve=guidance values=[1,2]        a measure against guidance or steps: JSON and a picture
   curve=training                     against the checkpoints there are, or values=[steps]
 """
 
 CONVERT = """\
-IN is a pickle (.ckpt, .bin, .pt, .pth), a folder of a checkpoint with or without such, or a .safetensors. OUT ends in
-.safetensors for one file in the original layout, else it is a new folder as diffusers has it. A pickle can run code: it is
-read by a process of its own, with limits, and is refused if it holds more than weights.
+IN is a pickle (.ckpt, .bin, .pt, .pth), a folder with or without such, or a .safetensors, of a checkpoint or of one network.
+OUT ends in .safetensors for one file in the original layout, else it is a new folder as diffusers has it. A pickle can run
+code: it is read by a process of its own, with limits, and is refused if it holds more than weights.
 
   nanodiffusion convert model.ckpt model.safetensors             the same names and numbers, without the pickle
   nanodiffusion convert model.safetensors folder                 original layout to diffusers'
   nanodiffusion convert folder model.safetensors dtype=fp16      and back, in half the size
   nanodiffusion convert folder-of-bins folder                    every .bin of a folder
+  nanodiffusion convert base folder unet=runs/x/unet             the checkpoint with a U-Net that was trained
+  nanodiffusion convert base folder lora=a.safetensors:0.8       with a LoRA fused, at that strength
+  nanodiffusion convert runs/x/controlnet net.safetensors        a ControlNet as one file
 
+  unet= vae=        taken in place of the checkpoint's own, as are text_encoder= and text_encoder_2=: a folder, a file, or
+                    another checkpoint, which may be a name on the hub
+  lora=             FILE or FILE:STRENGTH, fused into these; may be given several times
   dtype=keep        or fp32, fp16, bf16
   prediction=       eps or v, where a file does not say it (SD 2.x)
   tokenizer=        a folder with vocab.json and merges.txt, where none lies beside the file
+  family=           sd1, sd2 or sdxl, of a VAE's own file
   memory= seconds=  what the reader of a pickle may take: GiB, time
 """
 
@@ -245,7 +254,9 @@ COMMANDS = {
     "evaluate": Command("SAMPLES [reference=REFERENCE] [key=value ...]", "FID and its kin", EVALUATE),
     "info": Command("RUN | FILE | FOLDER | RECIPE", "what is in a run, a checkpoint, a LoRA, a picture or a recipe"),
     "convert": Command(
-        "IN OUT [key=value ...]", "pickles to safetensors; one layout of a checkpoint to another", CONVERT
+        "IN OUT [key=value ...]",
+        "pickles to safetensors; one layout to another; trained parts into a checkpoint",
+        CONVERT,
     ),
     "encode": Command("SOURCE out=DIR codec=PATH|none [key=value ...]", "pictures and captions to latents", ENCODE),
     "prepare": Command("SOURCE out=DIR [key=value ...]", "URLs, captioned folders and sets to shards", PREPARE),
@@ -281,12 +292,13 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.add_argument("words", nargs="*", metavar=command.usage, help=argparse.SUPPRESS)
-        sub.set_defaults(config_name=None, config_dir=None)
+        sub.set_defaults(config_name=None, config_dir=None, config_path=None)
         if name in ("train", "demo"):
             _add_train_flags(sub)
         if name == "train":
             sub.add_argument("--config-name", metavar="NAME", help="the recipe, Hydra's way")
             sub.add_argument("--config-dir", metavar="DIR", help="a folder of your own recipes")
+            sub.add_argument("--config_path", "--config-path", metavar="FILE", help="the recipe, as a file")
     return parser
 
 
@@ -352,14 +364,19 @@ def share_the_cpu() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point: every mistake becomes a message of a few lines on stderr and an exit code."""
+    """The entry point."""
     args = parse(argv)
     share_the_cpu()
+    return guarded(lambda: dispatch(args), args.command)
+
+
+def guarded(act: Callable[[], int], command: str) -> int:
+    """What `act` returns; of every mistake in it a message of a few lines on stderr, and an exit code."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {inert(str(message))}", file=sys.stderr)
-            return dispatch(args)
+            return act()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -376,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = re.search(r"tried to allocate [\d.]+ \w+", str(e), re.IGNORECASE)
         if type(e).__name__ not in ("OutOfMemoryError", "MemoryError") and not asked:
             raise
-        return _fail(UserError("the memory is full", found=asked and asked[0], fix=SMALLER.get(args.command)))
+        return _fail(UserError("the memory is full", found=asked and asked[0], fix=SMALLER.get(command)))
 
 
 def inert(text: str) -> str:

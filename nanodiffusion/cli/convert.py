@@ -1,9 +1,10 @@
-"""`nanodiffusion convert IN OUT`: pickles to safetensors, and one layout of a checkpoint to the other.
+"""`nanodiffusion convert IN OUT`: pickles to safetensors, one layout of a checkpoint to the other, trained parts into one.
 
 A pickle can run code. It is read here and nowhere else: in a process of its own, with limits on memory and time, by torch's
 reader of weights alone, and with every door that a pickle has been seen to use shut as well.
 """
 
+import itertools
 import json
 import os
 import re
@@ -12,20 +13,26 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanodiffusion.cli.words import parse_value, read_pairs
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.pretrained.weights import DTYPES, PICKLES, disk_errors, save, source_of
 
-USAGE = "nanodiffusion convert IN OUT [dtype=fp16] [prediction=v] [tokenizer=FOLDER] [memory=GIB] [seconds=N]"
-KEYS = {"dtype": str, "prediction": str, "tokenizer": str, "memory": float, "seconds": float}
+if TYPE_CHECKING:
+    from nanodiffusion.pretrained import Bundle
+
+USAGE = "nanodiffusion convert IN OUT [dtype=fp16] [unet=FOLDER] [vae=...] [text_encoder=...] [lora=FILE:1.0] [key=value ...]"
+KEYS = {"dtype": str, "prediction": str, "tokenizer": str, "family": str, "memory": float, "seconds": float}
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # which may be replaced
+LORA = re.compile("lora=")  # given once or several times
 NESTS = ("state_dict", "model_state_dict", "module", "model", "params_ema", "params")  # where trainers put the weights
 # Pickled training states name these libraries' classes. They are not imported: an empty stand-in takes their place.
 INERT = re.compile(
@@ -48,6 +55,14 @@ class Order(NamedTuple):
     tokenizer: str | None = None
     memory: float | None = None  # GiB
     seconds: float | None = None
+    family: str | None = None  # of a VAE alone
+    parts: tuple[tuple[str, str], ...] = ()  # what is put in place of a part: its name, and where it is
+    loras: tuple[tuple[str, float], ...] = ()  # what is fused: files and strengths
+
+    @property
+    def relays(self) -> bool:
+        """Whether the numbers change too, and not the pickle alone."""
+        return self.dtype != "keep" or bool(self.parts or self.loras)
 
 
 def main(args: Namespace) -> int:
@@ -65,17 +80,32 @@ def read_order(words: Sequence[str]) -> Order:
     """The command's words. UserError: not two paths, or keys that there are not."""
     if len(words) < 2:
         raise UserError("this command takes two paths", expected=USAGE, found=" ".join(words) or "none")
-    given: dict[str, Any] = {key: parse_value(text) for key, text in read_pairs(words[2:], KEYS).items()}
+    loras = tuple(map(_lora, filter(LORA.match, words[2:])))
+    texts = read_pairs(itertools.filterfalse(LORA.match, words[2:]), {**KEYS, **dict.fromkeys((*PARTS, "lora"), str)})
+    parts = tuple((name, texts.pop(name)) for name in PARTS if name in texts)
+    if empty := next((name for name, where in parts if not where), None):
+        raise UserError("which one?", key=empty, expected=f"{empty}=FOLDER, FILE.safetensors or OWNER/NAME")
+    given: dict[str, Any] = {key: parse_value(text) for key, text in texts.items()}
     for key, value in given.items():
         number = KEYS[key] is float
         if number and (type(value) not in (int, float) or value <= 0):
             raise UserError("not a positive number", key=key, found=value)
         given[key] = value if number else str(value)
-    order = Order(Path(words[0]), Path(words[1]), **given)
+    order = Order(Path(words[0]), Path(words[1]), **given, parts=parts, loras=loras)
     lookup(DTYPES, order.dtype, "dtype")
     if not order.source.exists():
         raise UserError("there is nothing to convert", file=order.source, fix="check the path")
     return order
+
+
+def _lora(word: str) -> tuple[str, float]:
+    from nanodiffusion.cli.asked import read_lora_word
+
+    found = read_lora_word(word.removeprefix("lora="))
+    if not found.file or not Path(found.file).exists():
+        expected = "lora=FILE or lora=FILE:STRENGTH"
+        raise UserError("no such LoRA", file=found.file or None, key="lora", expected=expected, fix="check the path")
+    return found.file, found.strength
 
 
 def convert(order: Order) -> Iterator[str]:
@@ -85,55 +115,92 @@ def convert(order: Order) -> Iterator[str]:
         with _beside(order.target) as place:
             weights = place / f"{order.source.stem}.safetensors"
             yield from unpickle(order, [(order.source, weights)])
-            _finish(order, weights, place, to_file)
+            yield from _finish(order, weights, place, to_file)
     elif order.source.is_dir() and _pickles(order.source):
         with _beside(order.target) as place:
             folder = place / "folder"
             yield from _unpickle_folder(order, folder)
-            _finish(order, folder, place, to_file)
+            yield from _finish(order, folder, place, to_file)
     else:
-        _relayout(order, order.source, order.target)
+        yield from _relayout(order, order.source, order.target)
 
 
-def _finish(order: Order, safe: Path, place: Path, to_file: bool) -> None:
+def _finish(order: Order, safe: Path, place: Path, to_file: bool) -> Iterator[str]:
     """Bring what is safe now into the layout asked for, and into place."""
     same = safe.is_file() == to_file
-    if same and order.dtype == "keep":
+    if same and not order.relays:
         done = safe
     else:
         done = place / ("done.safetensors" if to_file else "done")
-        _relayout(order, safe, done)
+        yield from _relayout(order, safe, done)
     with disk_errors(order.target):
         os.replace(done, order.target)
 
 
-def _relayout(order: Order, source: Path, target: Path) -> None:
-    """From a checkpoint in one layout to the other, or the same in another dtype."""
+def _relayout(order: Order, source: Path, target: Path) -> Iterator[str]:
+    """From a checkpoint in one layout to the other, or the same in another dtype or with other parts."""
     from nanodiffusion.pretrained import load_pretrained
-    from nanodiffusion.pretrained.publish import save_diffusers, save_single
+    from nanodiffusion.pretrained.publish import cast, save_diffusers, save_part, save_single
 
     to_file = target.suffix == ".safetensors"
-    if source.is_file() and to_file:
+    if source.is_file() and to_file and not order.parts and not order.loras:
         if order.dtype == "keep":
-            raise UserError("there is nothing to convert", file=source, fix="dtype=fp16, or a folder's name as OUT")
-        save(target, _cast(source_of(source).tensors(), DTYPES[order.dtype]))
+            fix = "dtype=fp16, unet=FOLDER or a like part, or a folder's name as OUT"
+            raise UserError("there is nothing to convert", file=source, fix=fix)
+        save(target, cast(source_of(source).tensors(), DTYPES[order.dtype]))
         return
     if not to_file and target.suffix:
         expected = "a name that ends in .safetensors, or a folder's without an ending"
         raise UserError("convert to what?", file=target, expected=expected, found=target.suffix)
+    if not order.parts and not order.loras and (net := _one_network(order, source)):
+        save_part(net, target)
+        return
     bundle = load_pretrained(
         source, order.dtype, "cpu", prediction=order.prediction, tokenizer=order.tokenizer or _near(order.source)
     )
+    bundle = yield from _with_parts(order, bundle)
     (save_single if to_file else save_diffusers)(bundle, target)
+
+
+def _one_network(order: Order, source: Path) -> nn.Module | None:
+    """The network of a folder or a file that holds no more than that."""
+    from nanodiffusion.pretrained import load_adapter, load_codec, load_controlnet, load_text, load_unet
+    from nanodiffusion.pretrained.recognise import detect
+
+    if source.is_dir() and not (source / "config.json").is_file():
+        return None
+    loaders: dict[str, Callable[..., nn.Module]] = {
+        "unet": load_unet,
+        "vae": partial(load_codec, family=order.family),
+        "text": load_text,
+        "controlnet": load_controlnet,
+        "adapter": load_adapter,
+    }
+    load = loaders.get(detect(source_of(source).shapes).kind)
+    return load and load(source, order.dtype, "cpu")
+
+
+def _with_parts(order: Order, bundle: "Bundle") -> Generator[str, None, "Bundle"]:
+    """The bundle with the parts that are asked for in place of its own, then the LoRAs fused into them."""
+    from nanodiffusion.cli.parts import reading
+    from nanodiffusion.lora import add_lora, read_lora
+    from nanodiffusion.pretrained.replace import replace_part
+
+    for name, where in order.parts:
+        with reading(where, "", name):
+            bundle = replace_part(bundle, name, where, order.dtype)
+        yield f"{name}: {where}"
+    nets = {"unet": bundle.denoiser.net, **dict(zip(("text", "text_2"), (part.net for part in bundle.text.parts)))}
+    for file, strength in order.loras:
+        with reading(file, "", "lora"):
+            add_lora(nets, read_lora(file), strength).fuse()
+        yield f"lora: {file}, strength {strength:g}"
+    return bundle
 
 
 def _near(source: Path) -> Path | None:
     """Where the tokenizer of a file lies that was moved to be read."""
     return source.parent if source.is_file() and (source.parent / "tokenizer" / "vocab.json").is_file() else None
-
-
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 @contextmanager

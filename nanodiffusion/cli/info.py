@@ -13,12 +13,12 @@ from nanodiffusion.checkpoint import Checkpoint, checkpoints, load_meta, verify
 from nanodiffusion.cli import inert, one_target
 from nanodiffusion.cli.describe import of_folder, of_weights, size_of
 from nanodiffusion.cli.recipes import CONFIGS, flow
+from nanodiffusion.cli.runs import refuse_several
+from nanodiffusion.cli.train import facts, plan, size_and_cost
 from nanodiffusion.config import Config, read_config
 from nanodiffusion.data.files import SUFFIXES
 from nanodiffusion.errors import UserError, nearest
 from nanodiffusion.metadata import read_settings
-from nanodiffusion.nets import net_flops, net_size
-from nanodiffusion.objective import make_denoiser
 from nanodiffusion.pretrained.weights import PICKLES, pickled, source_of
 from nanodiffusion.run import find_checkpoint
 
@@ -45,7 +45,10 @@ def look(target: str) -> Facts:
         ".json": lambda path: of_weights(source_of(path), path),
     }
     if path.is_dir():
-        return of_folder(path) or of_run(path)
+        if (found := of_folder(path)) is not None:
+            return found
+        refuse_several(path, "info")
+        return of_run(path)
     if path.suffix in PICKLES and path.exists():
         raise pickled(path)
     if path.suffix in readers:
@@ -65,6 +68,8 @@ def of_run(path: Path) -> Facts:
     root = path / "checkpoint"
     every = [path] if checkpoint.folder == path else [*checkpoints(root), *[f for f in [root / "best"] if f.is_dir()]]
     facts = {"run" if root.is_dir() else "checkpoint": path, "step": checkpoint.step, **of_checkpoint(checkpoint)}
+    if (path / "codec").is_dir():
+        facts["codec"] = path / "codec"
     for folder in every:
         problems = verify(folder)
         facts[folder.name] = f"DAMAGED: {'; '.join(problems)}" if problems else f"sound, {size_of(folder)}"
@@ -91,11 +96,17 @@ def of_model(meta: Facts) -> Facts:
 
 def of_config(config: Config) -> Facts:
     """The parts of a configuration, and the size and cost of its net."""
-    net = make_denoiser(config).net
-    return {
+    own = {
+        "task": _component(config.task),
         "net": _component(config.net),
-        "parameters": f"{net_size(net):,}",
-        "FLOPs": f"{net_flops(net):,} a forward pass of one sample",
+        **size_and_cost(config),
+    }
+    if config.task["name"] == "autoencode":
+        what = "an autoencoder: pictures to latents and back"
+        return {"what": what, **own, "precision": config.precision, "data": _component(config.data)}
+    return {
+        "what": "a denoiser",
+        **own,
         "prediction": f"{config.prediction}, clock {config.clock}, {config.precision}",
         "schedule": _component(config.schedule),
         "density": _component(config.density),
@@ -129,7 +140,6 @@ def of_picture(path: Path) -> Facts:
 
 def of_recipe(path: Path) -> Facts:
     """A recipe: the same lines as `train --dry-run`."""
-    from nanodiffusion.cli.train import facts, plan
 
     ((config, _),) = plan(str(path), [])
     return facts(config)

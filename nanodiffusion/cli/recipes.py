@@ -5,6 +5,7 @@ Hydra composes and parses; it instantiates nothing, and a recipe cannot reach th
 
 import itertools
 import json
+import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from nanodiffusion.config import Component, Config
 from nanodiffusion.errors import UserError, nearest, need
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+VARIABLE = "NANO_DIFFUSION_TRAINING_CONFIG"  # of the environment: a configuration's file
 Recipe = dict[str, Any]
 
 
@@ -42,6 +44,41 @@ def component_keys(cls: type = Config, prefix: str = "") -> list[str]:
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
+
+
+def config_file(flag: str | None, named: str | None = None) -> str:
+    """What to train by, of which the command line, --config_path and the environment must name exactly one."""
+    places = {"the command line": named, "--config_path": flag, VARIABLE: os.environ.get(VARIABLE)}
+    given = {place: value for place, value in places.items() if value}
+    if len(given) > 1:
+        found = ", ".join(f"{value} ({place})" for place, value in given.items())
+        fix = f"unset {VARIABLE}" if VARIABLE in given else f"leave {next(iter(given))}'s out"
+        raise UserError("several configurations", expected="one", found=found, fix=fix)
+    if not given:
+        fix = f"train digits, --config_path FILE.yaml, or {VARIABLE}=FILE.yaml"
+        raise UserError("which recipe?", expected="nanodiffusion train RECIPE key=value ...", fix=fix)
+    ((place, value),) = given.items()
+    if value != named and not value.endswith((".yaml", ".yml")):
+        raise UserError("a configuration is a .yaml file", key=place, found=value)
+    return value
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file as it stands: nothing composed, nothing resolved. UserError: there is none."""
+    if not Path(file).is_file():
+        raise UserError("there is no such file", file=file)
+    with _reading(file):
+        return need("omegaconf", "train").OmegaConf.to_container(_opened(file), resolve=False)
+
+
+def _opened(file: str | Path) -> Any:
+    """The file as an OmegaConf node, which is a mapping and refers to nothing but itself."""
+    OmegaConf = need("omegaconf", "train").OmegaConf
+    raw = OmegaConf.load(file)
+    if not OmegaConf.is_dict(raw):
+        raise ValueError("a recipe is a mapping of keys to values")
+    _refuse_resolvers(OmegaConf.to_container(raw, resolve=False), file)
+    return raw
 
 
 def find_recipe(recipe: str, folder: str | Path | None = None) -> Path:
@@ -75,10 +112,7 @@ def load_recipe(file: Path, groups: Sequence[str] = ()) -> Any:
     """
     hydra, OmegaConf = need("hydra", "train"), need("omegaconf", "train").OmegaConf
     with _reading(file):
-        raw = OmegaConf.load(file)
-        if not OmegaConf.is_dict(raw):
-            raise ValueError("a recipe is a mapping of keys to values")
-        _refuse_resolvers(OmegaConf.to_container(raw, resolve=False), file)
+        raw = _opened(file)
         if "hydra" in raw:
             raise UserError("a recipe cannot set Hydra's own options", file=file, key="hydra", fix="remove it")
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(file.parent)):

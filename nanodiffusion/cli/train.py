@@ -13,14 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanodiffusion.cli.pictures import draw_run
-from nanodiffusion.cli.recipes import compose, expand, find_recipe, flow, parse_overrides
+from nanodiffusion.cli.recipes import compose, config_file, expand, find_recipe, flow, parse_overrides
 from nanodiffusion.config import Config, read_config
 from nanodiffusion.data.files import SPLITS
 from nanodiffusion.distributed import world
-from nanodiffusion.errors import UserError, lookup
+from nanodiffusion.errors import UserError
 from nanodiffusion.fast import tune
-from nanodiffusion.nets import net_flops, net_size
-from nanodiffusion.objective import fit_net, make_denoiser
+from nanodiffusion.nets import net_size
+from nanodiffusion.objective import fit_net, make_denoiser, make_task
 from nanodiffusion.report import load_metrics, write_report
 from nanodiffusion.run import Runner, load_run, make_data
 from nanodiffusion.show import loss_plot, save_png
@@ -32,10 +32,8 @@ Say = Callable[[str], None]
 def main(args: Namespace) -> int:
     """Train every run that the words ask for; the exit code of the last that failed, or 0."""
     words = list(args.words)
-    recipe = args.config_name or (words.pop(0) if words and "=" not in words[0] else None)
-    if recipe is None:
-        raise UserError("which recipe?", expected="nanodiffusion train RECIPE key=value ...", fix="train digits")
-    return run_command(recipe, words, args)
+    named = args.config_name or (words.pop(0) if words and "=" not in words[0] else None)
+    return run_command(config_file(args.config_path, named), words, args)
 
 
 def run_command(recipe: str, words: Sequence[str], args: Namespace, given: Mapping[str, Any] | None = None) -> int:
@@ -135,7 +133,7 @@ def fit(runner: Runner, say: Say) -> int:
 def finish(runner: Runner, command: Sequence[str], say: Say) -> None:
     """Pictures and the report, drawn from the saved run alone; then where everything is."""
     started = time.perf_counter()
-    lookup(DRAWINGS, runner.config.task["name"], "task")(runner, say)
+    DRAWINGS.get(runner.config.task["name"], draw_grid)(runner, say)
     write_report(runner.folder)
     say(f"drew and reported in {_clock(time.perf_counter() - started)}")
     say(closing(runner, command))
@@ -151,8 +149,8 @@ def draw_samples(runner: Runner, say: Say) -> None:
         runner.show(run.folder / "samples.png")
 
 
-def draw_reconstructions(runner: Runner, say: Say) -> None:
-    """An autoencoder's pictures: images above what comes back of them, and its losses."""
+def draw_grid(runner: Runner, say: Say) -> None:
+    """The grid that the run's task draws (an autoencoder's is images above what comes back of them), and its losses."""
     runner.draw(runner.folder / "samples.png")
     try:
         rows = load_metrics(runner.folder / "metrics.jsonl")
@@ -161,7 +159,7 @@ def draw_reconstructions(runner: Runner, say: Say) -> None:
         say(f"no loss.png: {' '.join(str(e).split())}")
 
 
-DRAWINGS: dict[str, Callable[[Runner, Say], None]] = {"denoise": draw_samples, "autoencode": draw_reconstructions}
+DRAWINGS: dict[str, Callable[[Runner, Say], None]] = {"denoise": draw_samples, "distill": draw_samples}
 
 
 def finished(runner: Runner) -> str:
@@ -181,13 +179,15 @@ def finished(runner: Runner) -> str:
 
 def opening(runner: Runner) -> str:
     """What is about to be trained, in two lines."""
-    config, net = runner.config, runner.trainer.denoiser.net
+    config, flops = runner.config, runner.flops
     classes = f", {len(runner.data.classes)} classes" if runner.data.classes else ""
     shape = " x ".join(map(str, runner.data.shape))
     return (
         f"{runner.folder}: {config.data['name']} ({len(runner.data):,} samples of {shape}{classes})\n"
-        f"{config.net['name']}, {net_size(net):,} parameters, {net_flops(net) / 1e6:,.1f} MFLOPs a sample, "
-        f"on {runner.world.device}" + (f" x {runner.world.size}" if runner.world.size > 1 else "")
+        f"{config.net['name']}, {net_size(runner.trainer.denoiser.net):,} parameters, "
+        + (f"{flops / 1e6:,.1f} MFLOPs a sample, " if flops else "")
+        + f"on {runner.world.device}"
+        + (f" x {runner.world.size}" if runner.world.size > 1 else "")
     )
 
 
@@ -195,7 +195,7 @@ def closing(runner: Runner, command: Sequence[str]) -> str:
     """Where everything is, and what to try next."""
     names = ("samples.png", "trajectory.gif", "codec", "checkpoint", "metrics.jsonl", "report.html")
     there = [f"  {runner.folder / name}" for name in names if (runner.folder / name).exists()]
-    tries = [*TRIES[runner.config.task["name"]](runner), _longer(runner.config, command)]
+    tries = [*TRIES.get(runner.config.task["name"], _generations)(runner), _longer(runner.config, command)]
     return "\n".join([*there, "try next:", *(f"  {t}" for t in tries)])
 
 
@@ -203,7 +203,7 @@ def _samplings(runner: Runner) -> list[str]:
     sample = f"nanodiffusion sample {shlex.quote(str(runner.folder))}"
     if "pooled" in runner.trainer.takes:
         return [f"{sample} text='...' guidance=3 n=16", f"{sample} sampler=ddim steps=50"]
-    if runner.trainer.null_label:
+    if "label" in runner.trainer.takes:
         return [f"{sample} class=0 guidance=3 n=16", f"{sample} sampler=ddim steps=5 gif=five-steps.gif"]
     return [f"{sample} sampler=ddim steps=5", f"{sample} sampler=euler_ancestral steps=100 gif=long.gif"]
 
@@ -227,7 +227,32 @@ def _pictures(data: Mapping[str, Any]) -> str:
     return str(Path(data["path"]) / "train") if parted else str(data["path"])
 
 
-TRIES: dict[str, Callable[[Runner], list[str]]] = {"denoise": _samplings, "autoencode": _encodings}
+def _few_steps(runner: Runner) -> list[str]:
+    return [f"nanodiffusion sample {shlex.quote(str(runner.folder))} sampler=lcm steps=4 guidance=1"]
+
+
+def _generations(runner: Runner) -> list[str]:
+    """Commands for what was made of a checkpoint: which option of `generate` takes it."""
+    base, folder = runner.config.task["base"], runner.folder
+    taken = {
+        "lora.safetensors": "lora",
+        "controlnet": "control",
+        "adapter": "adapter",
+        "learned_embeds.safetensors": "embedding",
+    }
+    made = [f"{key}={folder / name}" for name, key in taken.items() if (folder / name).exists()]
+    if not made:
+        whole = folder / "whole"
+        put = shlex.join(["nanodiffusion", "convert", str(base), str(whole), f"unet={folder / 'unet'}"])
+        return [put, f"nanodiffusion generate '...' model={shlex.quote(str(whole))}"]
+    return [f"nanodiffusion generate '...' {shlex.join([f'model={base}', *made])}"]
+
+
+TRIES: dict[str, Callable[[Runner], list[str]]] = {
+    "denoise": _samplings,
+    "autoencode": _encodings,
+    "distill": _few_steps,
+}
 
 
 def _longer(config: Config, command: Sequence[str]) -> str:
@@ -253,8 +278,15 @@ def facts(config: Config) -> dict[str, Any]:
         found["samples"] = f"{len(data):,} of {data.shape}, {len(data.classes)} classes"
     except UserError as e:
         found["samples"] = f"the data is not here ({e.what})"
-    net = make_denoiser(config).net
-    return found | {"parameters": f"{net_size(net):,}", "FLOPs": f"{net_flops(net):,} a forward pass of one sample"}
+    return found | size_and_cost(config)
+
+
+def size_and_cost(config: Config) -> dict[str, str]:
+    """How many parameters a config trains, and what a forward pass costs where that is known."""
+    model = make_denoiser(config)
+    flops = make_task(config).flops(model)
+    cost = {"FLOPs": f"{flops:,} a forward pass of one sample"} if flops else {}
+    return {"parameters": f"{net_size(model.net):,}", **cost}
 
 
 # -- the progress line -------------------------------------------------------------------------------------------------
@@ -297,6 +329,8 @@ class Progress:
         pace = (step - self.first) / max(now - self.since, 1e-9)  # steps a second
         loss = "" if self.loss is None else f"loss {float(self.loss):.4f}"
         rate = f"{pace * self.runner.config.batch_size:,.0f} images/s"
+        memory = max(self.runner.memory, self.runner.world.memory / 2**30)
+        rate += f", {memory:.1f} GB" if self.bar is not None else f"  {memory:.1f} GB"
         if self.bar is not None:
             self.bar.n = step
             self.bar.set_postfix_str(f"{loss}, {rate}, {_clock(self.left(step, pace))} left")

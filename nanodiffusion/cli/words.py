@@ -1,10 +1,11 @@
 """key=value words, as all commands but `train` read them (that one has Hydra's grammar, of which this is a part)."""
 
-from collections.abc import Iterable, Mapping
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from nanodiffusion.config import SampleConfig, from_dict
+from nanodiffusion.config import SampleConfig, check_options, from_dict
 from nanodiffusion.errors import UserError, nearest
 
 C = TypeVar("C", bound=SampleConfig)
@@ -51,6 +52,16 @@ def read_pairs(words: Iterable[str], known: Mapping[str, Any]) -> dict[str, str]
             raise UserError(f"unknown key {key}", fix=nearest(key, {*known, *SHORT}))
         given[key] = text
     return given
+
+
+def read_options(words: Sequence[str], kinds: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """key=value words as (options of a command, of these types; changes of the SampleConfig by dotted key), checked."""
+    ours = {k: v for k, v in typing.get_type_hints(SampleConfig).items() if k not in (*kinds, "prompts")}
+    pairs = read_pairs(words, {**kinds, **ours})
+    given = {key: text if kinds.get(key) is str else parse_value(text) for key, text in pairs.items()}
+    options = {k: v for k, v in given.items() if k in kinds}
+    check_options(options, kinds, "")
+    return options, {k: v for k, v in given.items() if k not in options}
 
 
 def changed(config: C, changes: Mapping[str, Any]) -> C:

@@ -6,9 +6,9 @@
 and so with its model, samplers, trainer, ema and utils. A model is called as model(x, timestep, context) with
 x = sqrt(gamma) b x0 + sqrt(1 - gamma) eps and timestep = 0..num_timesteps, and returns eps.
 
-Where that system has a defect, this follows the core: the attention's gate works; a sampler starts at the last timestep
-whose noise is at most `START` times the data, not at gamma = 1e-9, where the first step multiplied the model's error by up
-to 4,472, and does not ask the model at t = 0; the input scale b is undone; sampling builds no graph; the sampler of
+Where that system has a defect, this follows the core: the attention's gate works; a sampler starts from the last timestep
+that the core's `draw.bounded` allows, not always from gamma = 1e-9, whence the first step multiplied the model's error by
+up to 4,472, and does not ask the model at t = 0; the input scale b is undone; sampling builds no graph; the sampler of
 validation knows its own number of timesteps, and `fixed_validation_noise` works; a compiled model is saved under its own
 names; checkpoints are safetensors, and the loss of validation is always measured with the same noise.
 """
@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from nanodiffusion import checkpoint, noise, sampler
 from nanodiffusion.compat import codecs
 from nanodiffusion.config import check_options
-from nanodiffusion.denoiser import DISTANCES, Denoiser, Prediction, expand
+from nanodiffusion.denoiser import DISTANCES, PREDICTIONS, Denoiser, Prediction, expand
 from nanodiffusion.distributed import pick_device
+from nanodiffusion.draw import bounded
 from nanodiffusion.ema import EMA
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.guidance import bind
@@ -42,7 +43,6 @@ from nanodiffusion.nets.pixart import PixArtConfig, interleaved, position_embedd
 from nanodiffusion.show import save_png, to_uint8
 from nanodiffusion.tracking import Metrics
 
-START = 80.0  # the highest sigma a sampler starts from (Karras et al. 2022)
 NAMES = {  # options of the model, here and there
     "patch_size": "patch",
     "hidden_dim": "dim",
@@ -305,7 +305,7 @@ class _Told(nn.Module):
 class DDIMSampler:
     """DDIM (Song et al. 2021, eta = 0) over `num_sampling_steps` timesteps, evenly from num_timesteps to 0.
 
-    Timesteps beyond the last one with sigma <= START count as that one. UserError: fewer than two steps.
+    The first is the last whole one that the core's `bounded` allows. UserError: fewer than two steps.
     """
 
     def __init__(
@@ -323,10 +323,11 @@ class DDIMSampler:
 
     def timesteps(self) -> Tensor:
         """The timesteps visited, falling to 0: (<= num_sampling_steps) int64."""
+        even = torch.linspace(self.num_timesteps, 0, self.num_sampling_steps).round().long().unique().flip(0)
+        scaled = lambda times: self._sigma(times) * self.noise_scheduler.config.scale_factor
+        highest = bounded(scaled(even), PREDICTIONS["eps"])[0]
         every = torch.arange(1, self.num_timesteps + 1)
-        bounded = every[self._sigma(every) * self.noise_scheduler.config.scale_factor <= START]
-        even = torch.linspace(0, self.num_timesteps, self.num_sampling_steps).round().long()
-        return even.clamp(max=int(bounded.max()) if len(bounded) else 1).unique().flip(0)
+        return even.clamp(max=int((scaled(every) <= highest).sum().clamp(min=1))).unique().flip(0)
 
     def _sigma(self, timesteps: Tensor) -> Tensor:
         return self.noise_scheduler.sigma(timesteps * (self.noise_scheduler.config.num_timesteps / self.num_timesteps))

@@ -7,6 +7,7 @@ from nanodiffusion.config import make
 from nanodiffusion.data.encoded import EncodedData, dequantise, encoded, latents, quantise
 from nanodiffusion.data.files import SPLITS, array, folder
 from nanodiffusion.data.images import cifar10, digits, fashion_mnist, mnist
+from nanodiffusion.data.pictures import Pictures, pictures
 from nanodiffusion.data.tensors import (
     TensorData,
     epoch_order,
@@ -32,6 +33,7 @@ from nanodiffusion.errors import lookup
 __all__ = [
     "DATASETS",
     "EncodedData",
+    "Pictures",
     "TensorData",
     "array",
     "checkerboard",
@@ -51,6 +53,7 @@ __all__ = [
     "mnist",
     "only_classes",
     "order",
+    "pictures",
     "pinwheel",
     "quantise",
     "split",
@@ -61,7 +64,7 @@ __all__ = [
     "without_labels",
 ]
 
-DATASETS: dict[str, Callable[..., TensorData | EncodedData]] = {
+DATASETS: dict[str, Callable[..., TensorData | EncodedData | Pictures]] = {
     "swiss-roll": swiss_roll,
     "tree": tree,
     "two-moons": two_moons,
@@ -78,6 +81,7 @@ DATASETS: dict[str, Callable[..., TensorData | EncodedData]] = {
     "array": array,
     "encoded": encoded,
     "latents": latents,
+    "pictures": pictures,
 }
 
 

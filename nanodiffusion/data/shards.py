@@ -60,10 +60,11 @@ class Fault(ValueError):
 # ---- which shards
 
 
-def expand_shards(spec: str | os.PathLike[str]) -> list[str]:
+def expand_shards(spec: str | os.PathLike[str], pipes: bool = False) -> list[str]:
     """The shards of a folder, a pattern, or names with braces ("a-{000..012}.tar", several joined by "::"), in order.
 
-    Files and http(s) addresses only. UserError: a file that is not there, another scheme, a pipe, above 100,000 names.
+    Files and http(s) addresses, and with `pipes` also "pipe:COMMAND", whose output is the shard.
+    UserError: a file that is not there, another scheme, a pipe without `pipes`, above 100,000 names.
     """
     text = os.fspath(spec)
     if os.path.isdir(text):
@@ -71,21 +72,22 @@ def expand_shards(spec: str | os.PathLike[str]) -> list[str]:
         if not names:
             raise UserError("there is no shard here", file=text, expected="files that end in .tar")
         return names
-    names = [name for part in text.split("::") for name in _globbed(part)]
-    missing = [name for name in names if not _is_url(name) and not os.path.isfile(name)]
+    names = [name for part in text.split("::") for name in _globbed(part, pipes)]
+    missing = [name for name in names if not is_remote(name) and not os.path.isfile(name)]
     if missing or not names:
         found = f"{len(missing)} of {len(names)} are missing: {few(missing)}" if missing else "no file"
         raise UserError("a shard is not there", file=text, expected="files, as in data/{00000..00012}.tar", found=found)
     return names
 
 
-def _globbed(part: str) -> list[str]:
+def _globbed(part: str, pipes: bool) -> list[str]:
     scheme, colon, _ = part.partition(":")
-    if colon and len(scheme) > 1 and not _is_url(part) and "/" not in scheme and not os.path.exists(part):
+    known = _is_url(part) or (pipes and scheme == "pipe")
+    if colon and len(scheme) > 1 and not known and "/" not in scheme and not os.path.exists(part):
         fix = "download them first, and give the files"
         raise UserError("this is no place for shards", found=part, expected="files, or http(s) addresses", fix=fix)
     names = _braces(part) if "{" in part else [part]
-    return [match for name in names for match in (_matches(name) if not _is_url(name) else [name])]
+    return [match for name in names for match in ([name] if known else _matches(name))]
 
 
 def _matches(name: str) -> list[str]:
@@ -111,6 +113,11 @@ def _is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
+def is_remote(name: str) -> bool:
+    """Whether a shard is an address or a command's output: no file here yet."""
+    return _is_url(name) or name.startswith("pipe:")
+
+
 # ---- reading
 
 
@@ -127,7 +134,7 @@ def read_shards(
     shards = [os.fspath(shard) for shard in shards]
     names = names or shard_names(shards)
     tell = faults.append if isinstance(faults, list) else faults
-    found = (item for shard, name in zip(shards, names) for item in _groups(shard, name))
+    found = (item for shard, name in zip(shards, names) for item in groups(shard, name))
     for item in ahead(lambda item: _judge(item, need_caption), found, workers):
         if isinstance(item, str):
             tell(item)
@@ -163,6 +170,7 @@ class Group:
     key: str
     shard: str
     parts: dict[str, bytes] = field(default_factory=dict)
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)  # of parts: first byte, how many
     bad: str = ""  # the first reason to leave it out
 
     def refuse(self, why: str) -> None:
@@ -189,12 +197,13 @@ def decode_group(group: Group, need_caption: bool = True) -> Sample:
         raise Fault(f"more than one picture: {', '.join(pictures)}" if pictures else "no picture")
     meta = decode_json(group.parts["json"]) if "json" in group.parts else {}
     label = decode_label(group.parts["cls"]) if "cls" in group.parts else None
-    caption = _caption(group, meta, need_caption and label is None)
+    caption = group_caption(group, meta, need_caption and label is None)
     image = decode_image(group.parts[pictures[0]])
     return Sample(group.key, image, caption, label, meta, f"{group.shard}:{group.key}")
 
 
-def _caption(group: Group, meta: Mapping[str, Any], needed: bool) -> str:
+def group_caption(group: Group, meta: Mapping[str, Any], needed: bool) -> str:
+    """The caption of a group, "" where it has none and none is `needed`; Fault where it is not one."""
     if "txt" in group.parts:
         caption: Any = decode_text(group.parts["txt"])
     else:
@@ -233,8 +242,10 @@ class _Bounded(io.FileIO):
         return super().read(left if size is None or size < 0 else min(size, left)) or b""
 
 
-def _groups(shard: str, shown: str) -> Iterator[Group | str]:
+def groups(shard: str, shown: str, also: Callable[[str], bool] | None = None) -> Iterator[Group | str]:
     """The samples of one shard, undecoded, and the faults of the archive itself.
+
+    also: which endings are read besides those of PICTURES and TEXTS, like "control.png".
 
     Plain tarfile, not webdataset's iterator: that one ends silently where a header is damaged or the end is missing,
     reads members of any size, drops names without a key unsaid, and its default decoders open pickles.
@@ -243,7 +254,7 @@ def _groups(shard: str, shown: str) -> Iterator[Group | str]:
         seen: set[str] = set()
         group: Group | None = None
         told = False
-        for key, add in _members(file, shown):
+        for key, add in _members(file, shown, also):
             if key is None:
                 told = True
                 yield add
@@ -273,7 +284,7 @@ def member_names(shard: str | Path) -> tuple[list[str], str]:
     return names, ""
 
 
-def _members(file: _Bounded, shown: str) -> Iterator[tuple[Any, Any]]:
+def _members(file: _Bounded, shown: str, also: Callable[[str], bool] | None = None) -> Iterator[tuple[Any, Any]]:
     """(key, what adds the member to its group) of each member, or (None, fault) of the archive."""
     size, end = os.fstat(file.fileno()).st_size, 0
     try:
@@ -285,7 +296,7 @@ def _members(file: _Bounded, shown: str) -> Iterator[tuple[Any, Any]]:
                 whole = member.offset_data + member.size <= size or member.issparse()
                 name = plain(member.name)
                 if match := MEMBER.fullmatch(member.name.removeprefix("./")):
-                    yield match[1], _Adder(archive, member, match[2].lower(), whole)
+                    yield match[1], _Adder(archive, member, match[2].lower(), whole, also)
                 elif not member.isdir():
                     yield None, f"{shown}:{name}: the name has no key and ending"
                 if not whole:
@@ -326,18 +337,21 @@ class _Adder(NamedTuple):
     member: tarfile.TarInfo
     ending: str
     whole: bool  # all of it is in the file
+    also: Callable[[str], bool] | None  # what else is read
 
     def __call__(self, group: Group) -> None:
         name = plain(self.member.name.rsplit("/", 1)[-1])
-        if why := _improper(self.member, self.ending, group):
+        read = self.ending in PICTURES or self.ending in TEXTS or (self.also and self.also(self.ending))
+        if why := _improper(self.member, self.ending, group, read):
             group.refuse(why.format(name))
         elif not self.whole:
             group.refuse(f"the archive ends inside {name}")
-        elif self.ending in PICTURES or self.ending in TEXTS:
+        elif read:
             group.parts[self.ending] = self.archive.extractfile(self.member).read()  # type: ignore[union-attr]
+            group.places[self.ending] = self.member.offset_data, self.member.size
 
 
-def _improper(member: tarfile.TarInfo, ending: str, group: Group) -> str:
+def _improper(member: tarfile.TarInfo, ending: str, group: Group, read: Any) -> str:
     """Why a member cannot belong to a sample."""
     path = member.name.split("/")
     if member.name.startswith("/") or ".." in path or "\\" in member.name or "\0" in member.name:
@@ -346,11 +360,11 @@ def _improper(member: tarfile.TarInfo, ending: str, group: Group) -> str:
         return "the name is not a printable text"
     if not member.isreg() or member.issparse():
         return "{} is a link, a device or a sparse file"
-    if ending not in PICTURES and ending not in TEXTS:
+    if not read:
         return ""
     if ending in group.parts:
         return "{} is there twice"
-    most = MAX_BYTES if ending in PICTURES else MAX_TEXT
+    most = MAX_BYTES if ending.rpartition(".")[2] in PICTURES else MAX_TEXT
     if member.size > most:
         return f"{{}} has {member.size} bytes, above {most}"
     return "" if member.size else "{} is empty"
@@ -368,18 +382,22 @@ def _fetched(shard: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="nanodiffusion-") as place:
         file = f"{place}/shard.tar"
-        for attempt in range(ATTEMPTS):
-            try:
-                _download(shard, file)
-                break
-            except (OSError, http.client.HTTPException) as e:
-                if attempt == ATTEMPTS - 1 or getattr(e, "code", 500) in (401, 403, 404, 410):
-                    raise UserError("a shard cannot be had", file=shard, found=e, fix="try again") from e
-                time.sleep(0.2 * 4**attempt)
+        fetch(shard, file)
         yield file
 
 
-def _download(url: str, file: str) -> None:
+def fetch(shard: str, file: str | Path) -> None:
+    """Download a shard whole into `file`, asking up to four times. UserError: it cannot be had."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return _download(shard, file)
+        except (OSError, http.client.HTTPException) as e:
+            if attempt == ATTEMPTS - 1 or getattr(e, "code", 500) in (401, 403, 404, 410):
+                raise UserError("a shard cannot be had", file=shard, found=e, fix="try again") from e
+            time.sleep(0.2 * 4**attempt)
+
+
+def _download(url: str, file: str | Path) -> None:
     with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(file, "wb") as out:
         while block := answer.read(1 << 20):
             out.write(block)
@@ -402,13 +420,27 @@ def decode_image(raw: bytes) -> Image.Image:
     CMYK becomes RGB as Pillow does it (without the profile), 16-bit grey keeps its high byte. The header is read first: nothing
     above 64 megapixels is decoded.
     """
+    with _opened(raw) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        rgb = opaque(image)
+        return rgb if rgb.mode == "RGB" else rgb.convert("RGB")
+
+
+def picture_size(raw: bytes) -> tuple[int, int]:
+    """(height, width) of a picture once it is upright, by its header alone; Fault where that is no sound one."""
+    with _opened(raw) as image:
+        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF 2.3, table 4: orientations that swap the sides
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+@contextmanager
+def _opened(raw: bytes) -> Iterator[Image.Image]:
+    """A picture whose header alone is read; whatever goes wrong inside is a Fault."""
     try:
         with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Fault(f"{image.width} x {image.height} pixels, above {MAX_PIXELS / 1e6:g} megapixels")
-            ImageOps.exif_transpose(image, in_place=True)
-            rgb = opaque(image)
-            return rgb if rgb.mode == "RGB" else rgb.convert("RGB")
+            yield image
     except Fault:
         raise
     except UnidentifiedImageError:

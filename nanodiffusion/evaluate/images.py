@@ -20,9 +20,11 @@ from torch import Tensor
 from nanodiffusion.data import DATASETS, TensorData, load_data
 from nanodiffusion.data.files import FORMATS, SUFFIXES, load_image, open_image
 from nanodiffusion.errors import UserError, nearest
+from nanodiffusion.metadata import read_settings
 from nanodiffusion.show import to_uint8
 
 CHUNK = 1 << 20  # bytes read at a time for a hash
+MOST = 1 << 31  # classes
 ARRAYS = {"arr_0": 3, "x": 1}  # where files keep their images, and which axis is the channels
 
 
@@ -221,7 +223,10 @@ def file_hash(*files: Path, root: Path | None = None) -> str:
 
 
 def of_folder(folder: Path, size: int = 0) -> Images:
-    """The PNG, JPEG and WEBP files below a folder, by name; sub-folders are classes where no image lies beside them."""
+    """The PNG, JPEG and WEBP files below a folder, by name.
+
+    Sub-folders are classes where no image lies beside them; else the labels are those that `sample out=` wrote into each.
+    """
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
     files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
     if not files:
@@ -270,6 +275,20 @@ def _alike(x: np.ndarray, shape: Sequence[int], file: Path, first: Path) -> np.n
 def _labels_of(files: list[Path], folder: Path) -> tuple[Tensor | None, tuple[str, ...]]:
     parts = [file.relative_to(folder).parts for file in files]
     if any(len(p) == 1 for p in parts):
-        return None, ()
+        return _labels_inside(files), ()
     classes = tuple(sorted({p[0] for p in parts}))
     return torch.tensor([classes.index(p[0]) for p in parts]), classes
+
+
+def _labels_inside(files: Sequence[Path]) -> Tensor | None:
+    """The labels (n) in the settings of pictures that `sample out=` made; None unless each of them has one."""
+    labels: list[int] = []
+    for file in files:
+        try:
+            label = read_settings(file).get("label")
+        except UserError:
+            return None
+        if not isinstance(label, int) or label not in range(MOST):
+            return None
+        labels.append(label)
+    return torch.tensor(labels)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nanodiffusion.nets.layers import (
     Attention,
     LabelEmbedding,
+    Patched,
     RMSNorm,
     TimeEmbedding,
     check_choice,
@@ -35,7 +36,7 @@ ROTARY_BASE = 100.0  # the slowest angle turns by about 1/100 a token: grids are
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Patched):
     """The size of a sample, how it is cut into tokens, and the size of the transformer; the default is DiT-S/2."""
 
     in_size: int | tuple[int, int] = 32  # side, or (height, width), of a sample
@@ -57,20 +58,13 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "in_size", "channels_in", "patch", "dim", "depth", "heads")
-        for side in pair(self.in_size):
-            check_multiple("in_size", side, self.patch, "the sample is cut into patches")
+        self.check_patches()
         check_multiple("dim", self.dim, self.heads, "the heads share the features")
         check_multiple("dim", self.dim, 4, "the place is told by a sine and a cosine of row and column")
         for name, choices in (("norm", NORMS), ("positions", ("sincos", "rotary")), ("ffn", FEEDFORWARDS)):
             check_choice(self, name, choices)
         if self.positions == "rotary":
             check_multiple("dim", self.dim, 4 * self.heads, "rows and columns turn pairs of each head's features")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        height, width = pair(self.in_size)
-        return height // self.patch, width // self.patch
 
 
 def position_embedding(grid: tuple[int, int], dim: int) -> Tensor:

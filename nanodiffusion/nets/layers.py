@@ -18,6 +18,24 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return both
 
 
+class Patched:
+    """The config of a net that cuts a sample into patches, one a token."""
+
+    in_size: int | tuple[int, int]
+    patch: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        height, width = pair(self.in_size)
+        return height // self.patch, width // self.patch
+
+    def check_patches(self) -> None:
+        """UserError unless the patches divide the sample."""
+        for side in pair(self.in_size):
+            check_multiple("in_size", side, self.patch, "the sample is cut into patches")
+
+
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Cosines, then sines, of t at dim/2 geometric frequencies from 1 to 1/max_period: t (b) -> (b dim).
 

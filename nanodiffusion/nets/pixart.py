@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nanodiffusion.errors import UserError
 from nanodiffusion.nets.layers import (
     MultiHead,
+    Patched,
     RMSNorm,
     check_choice,
     check_label,
@@ -32,7 +33,7 @@ NORMS = {"layer": nn.LayerNorm, "rms": partial(RMSNorm, eps=2.0**-23)}  # float3
 
 
 @dataclass(frozen=True)
-class PixArtConfig:
+class PixArtConfig(Patched):
     """The size of a sample and of the transformer; the default, for 4 x 4 latents of CIFAR-10, has 88,734,016 parameters.
 
     nano-diffusion's has 88,733,248: the class that stands for none is the only row more (768 numbers).
@@ -58,16 +59,9 @@ class PixArtConfig:
         check_choice(self, "activation", ACTIVATIONS)
         check_choice(self, "norm", NORMS)
         check_share(self, "dropout")
-        for side in pair(self.in_size):
-            check_multiple("in_size", side, self.patch, "the sample is cut into patches")
+        self.check_patches()
         check_multiple("dim", self.dim, self.heads, "the heads share the features")
         check_multiple("dim", self.dim, 4, "the place is told by a sine and a cosine of row and column")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        height, width = pair(self.in_size)
-        return height // self.patch, width // self.patch
 
 
 def interleaved(place: Tensor, count: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nanodiffusion.errors import UserError
 from nanodiffusion.nets.layers import (
     MultiHead,
+    Patched,
     check_choice,
     check_multiple,
     check_pooled,
@@ -30,7 +31,7 @@ LEGACY: dict[str, Any] = {"post_norm": True, "cross_heads": 4, "head_order": "dh
 
 
 @dataclass(frozen=True)
-class TLDConfig:
+class TLDConfig(Patched):
     """The size of a sample and of the transformer; the default is the published one, of 101,164,352 parameters."""
 
     in_size: int | tuple[int, int] = 32  # side, or (height, width), of a sample
@@ -53,8 +54,7 @@ class TLDConfig:
         check_positive(self, "in_size", "channels_in", *sizes)
         check_choice(self, "head_order", ("hd", "dh"))
         check_share(self, "dropout")
-        for side in pair(self.in_size):
-            check_multiple("in_size", side, self.patch, "the sample is cut into patches")
+        self.check_patches()
         check_multiple("dim", self.dim, self.head_dim, "the heads share the features")
         check_multiple("dim", self.dim, self.cross_heads or 1, "the heads of cross-attention share the features")
         if self.noise_features < 4 or self.noise_features % 2:
@@ -62,12 +62,6 @@ class TLDConfig:
             raise UserError(
                 "sinusoids come in pairs", key="noise_features", expected=expected, found=self.noise_features
             )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        height, width = pair(self.in_size)
-        return height // self.patch, width // self.patch
 
     @property
     def heads(self) -> int:

@@ -1,22 +1,41 @@
-"""A bundle back to disk: the folder that diffusers loads, or one file in the original layout."""
+"""A bundle, or one network, back to disk: the folder that diffusers loads, or one file in the original layout."""
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nanodiffusion.errors import UserError
+from nanodiffusion.codec import AutoencoderKL
+from nanodiffusion.errors import UserError, few, lookup
+from nanodiffusion.nets.adapter import Adapter
+from nanodiffusion.nets.controlnet import ControlNet, ControlNetConfig
+from nanodiffusion.nets.sd_unet import SDUNet, SDUNetConfig
 from nanodiffusion.noise import SIGMA_CAP
 from nanodiffusion.pretrained import architecture as arch
 from nanodiffusion.pretrained.layouts import originals
-from nanodiffusion.pretrained.load import TEXTS, Bundle
+from nanodiffusion.pretrained.load import TEXTS, Bundle, family_of
 from nanodiffusion.pretrained.scheduler_config import scheduler_json
-from nanodiffusion.pretrained.weights import STEMS, disk_errors, save, sync
-from nanodiffusion.text import CLIPTokenizer
+from nanodiffusion.pretrained.weights import (
+    DTYPES,
+    PICKLES,
+    STEMS,
+    Source,
+    check_names,
+    disk_errors,
+    save,
+    sync,
+)
+from nanodiffusion.text import CLIPText, CLIPTokenizer
+
+# -- a bundle ------------------------------------------------------------------------------------------------------------
 
 
 def save_diffusers(bundle: Bundle, folder: str | Path) -> Path:
@@ -25,19 +44,40 @@ def save_diffusers(bundle: Bundle, folder: str | Path) -> Path:
     UserError: the folder is there already, full or unwritable disk, a network that diffusers has not.
     """
     folder = Path(folder)
-    if folder.exists():
+    with _new_folder(folder) as beside:
+        _write_components(bundle, beside)
+    return folder
+
+
+@contextmanager
+def _new_folder(folder: Path, over: bool = False) -> Iterator[Path]:
+    """An empty folder that takes its place when the block ends well, and else is gone. UserError: there already, the disk's."""
+    if folder.exists() and not over:
         raise UserError("this is there already, and is not written over", file=folder, fix="give a new folder's name")
-    beside = folder.with_name(f".tmp-{folder.name}")
+    beside, before = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".old-{folder.name}")
     with disk_errors(folder):
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         try:
-            _write_components(bundle, beside)
-            os.replace(beside, folder)
+            yield beside
+            _take_place(beside, folder, before)
             sync(folder.parent)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-    return folder
+
+
+def _take_place(new: Path, folder: Path, before: Path) -> None:
+    """The folder is the new one; the one before is aside for a moment, since no folder can be written over at one stroke."""
+    if folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        os.replace(folder, before)
+    try:
+        os.replace(new, folder)
+    except OSError:
+        if before.exists():
+            os.replace(before, folder)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _write_components(bundle: Bundle, folder: Path) -> None:
@@ -137,3 +177,177 @@ def save_single(bundle: Bundle, file: str | Path) -> Path:
     if float(bundle.schedule.sigmas[-1]) == SIGMA_CAP:
         tensors["ztsnr"] = torch.zeros(0)
     return save(file, tensors)
+
+
+# -- one network ---------------------------------------------------------------------------------------------------------
+
+
+class Form(NamedTuple):
+    """How a network is written."""
+
+    component: str  # as layouts calls it
+    json: Callable[[Any], dict[str, Any]]  # config -> config.json
+    reread: Callable[[dict[str, tuple[int, ...]], Any], Any]  # what one file is read as: shapes, what is told -> config
+    said: Callable[[Any], dict[str, Any]] | None = (
+        None  # config -> what must then be the same; None: all of config.json
+    )
+    config: str = "config"  # the net's attribute
+    stem: str = STEMS[0]
+    original: Callable[[Any], bool] = lambda _: True  # config -> whether one file has the original layout, or ours
+    bare: str = ""  # prefix of the original layout that a file of this alone goes without
+
+
+def _unet_json(c: SDUNetConfig) -> dict[str, Any]:
+    return arch.unet_json(c, family_of(c).size // 8)
+
+
+def _encoder_said(c: ControlNetConfig) -> dict[str, Any]:
+    """Of a ControlNet: its stem is as its tensors are, and what the U-Net gives out is not its own."""
+    return arch.unet_json(replace(c.encoder, channels_out=SDUNetConfig.channels_out))
+
+
+FORMS: dict[type[nn.Module], Form] = {
+    SDUNet: Form("unet", _unet_json, lambda shapes, c: arch.unet_of_shapes(shapes, c.pooled_dim)),
+    ControlNet: Form(
+        "controlnet",
+        arch.controlnet_json,
+        lambda shapes, _: arch.controlnet_of_shapes(shapes),
+        _encoder_said,
+        "control",
+        original=lambda c: not c.encoder.added_dim,
+    ),
+    Adapter: Form("adapter", arch.adapter_json, lambda shapes, _: arch.adapter_of_shapes(shapes)),
+    AutoencoderKL: Form(
+        "vae", arch.vae_json, lambda shapes, c: arch.vae_of_shapes(shapes, c.scale), bare="first_stage_model."
+    ),
+    CLIPText: Form(
+        "text",
+        arch.text_json,
+        lambda shapes, c: arch.text_of_shapes(shapes, c.activation),
+        stem=STEMS[1],
+        original=lambda _: False,
+    ),
+}
+
+
+def save_part(
+    net: nn.Module,
+    where: str | Path,
+    dtype: str | torch.dtype = "keep",
+    over: bool = False,
+    size: int | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    shard_gb: float | None = None,
+) -> Path:
+    """Write a U-Net, ControlNet, T2I-Adapter, KL autoencoder or CLIP text encoder; it is there whole or not at all.
+
+    where: a new folder, which diffusers or transformers loads, or a .safetensors in the layout that single files of the kind
+    are published in: the original one, but the folder's for text encoders and SDXL's ControlNets. dtype: "keep", "fp32",
+    "bf16" or "fp16", of floating-point weights. over: may take the place of such a folder or file. size: a U-Net's natural
+    side of a picture in pixels; None: its family's. weights: in place of the net's own, such as their moving average, by the
+    same names. shard_gb: a folder's files have at most so many 10^9 bytes. UserError: something is there, another network,
+    one whose layers were joined or changed, one of which a single file cannot say all, full or unwritable disk.
+    """
+    where, kind = Path(where), _kind(net)
+    form = FORMS[kind]
+    config = getattr(net, form.config)
+    to_file = where.suffix == ".safetensors"
+    _check_target(where, to_file, over)
+    if shard_gb is not None:
+        _check_shards(where, to_file, shard_gb)
+    chosen = dtype if isinstance(dtype, torch.dtype) else lookup(DTYPES, dtype, "dtype")
+    with torch.device("meta"):
+        fresh = kind(config)
+    tensors = cast(_whole(fresh, net.state_dict() if weights is None else weights, where), chosen)
+    if to_file:
+        return save(where, _alone(form, config, tensors, where))
+    described = form.json(config)
+    if size is not None and "sample_size" in described:
+        described["sample_size"] = size // 8
+    with _new_folder(where, over) as beside:
+        _write_json(beside / "config.json", described)
+        _write_shards(beside, form.stem, tensors, shard_gb)
+    return where
+
+
+def _kind(net: nn.Module) -> type[nn.Module]:
+    found = next((kind for kind in type(net).__mro__ if kind in FORMS), None)  # fully_shard makes a class of its own
+    if found is None:
+        names = ", ".join(kind.__name__ for kind in FORMS)
+        raise UserError("nothing here saves such a network", expected=names, found=type(net).__name__)
+    return found
+
+
+def _check_target(where: Path, to_file: bool, over: bool) -> None:
+    if where.suffix in (*PICKLES, ".json"):
+        expected = "a name that ends in .safetensors, or a folder's"
+        raise UserError("save as what?", file=where, expected=expected, found=where.suffix)
+    if where.exists() and not over:
+        raise UserError("this is there already, and is not written over", file=where, fix="a new name, or over=True")
+    if where.exists() and not (where.is_file() if to_file else _is_part(where)):
+        what = "this is something else, and is not written over"
+        raise UserError(what, file=where, expected="a file" if to_file else "a folder with a config.json")
+
+
+def _is_part(folder: Path) -> bool:
+    """Whether it may be what `save_part` wrote, or is empty."""
+    return (folder / "config.json").is_file() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _check_shards(where: Path, to_file: bool, shard_gb: float) -> None:
+    if to_file:
+        raise UserError("one file has no shards", file=where, key="shard_gb", fix="a folder's name")
+    if not (math.isfinite(shard_gb) and shard_gb > 0):
+        raise UserError("not a positive number", key="shard_gb", found=shard_gb)
+
+
+def _whole(fresh: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """The tensors in the order of a new network of the config. UserError: other names or shapes, or no values."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in fresh.state_dict().items()}
+    check_names(wanted, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, Source((where,)))
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise UserError("a network without values cannot be saved", file=where, key=few(empty), fix="load its weights")
+    return {name: tensors[name] for name in wanted}
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors, those of floating point in that dtype; None keeps each its own."""
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _alone(form: Form, config: Any, tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """What a file of this network alone holds. UserError: it would be read as another network."""
+    said = form.said or form.json
+    wanted = said(config)
+    found = said(form.reread({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config))
+    if lost := next((key for key, value in wanted.items() if found.get(key) != value), None):
+        fix, read = "a folder's name, where config.json says it", f"{found.get(lost)}, as such files are read"
+        what = "one file cannot say this of the network"
+        raise UserError(what, file=where, key=lost, expected=read, found=wanted[lost], fix=fix)
+    if not form.original(config):
+        return dict(tensors)
+    plan = originals(form.component, tensors, family="sdxl")  # these kinds lie in the same place in every family
+    return {
+        name.removeprefix(form.bare): whole.write(*(tensors[source] for source in whole.sources))
+        for name, whole in plan.items()
+    }
+
+
+def _write_shards(folder: Path, stem: str, tensors: Mapping[str, Tensor], most: float | None) -> None:
+    """The weights in one file, or where that is more than `most` 10^9 bytes in several and an index, a tensor never split."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size, limit = 0, math.inf if most is None else most * 1e9
+    for name, tensor in tensors.items():
+        if size + tensor.nbytes > limit and shards[-1]:
+            shards, size = [*shards, {}], 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save(folder / f"{stem}.safetensors", tensors)
+        return
+    files = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards):
+        save(folder / file, shard)
+    total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+    places = {name: file for file, shard in zip(files, shards) for name in shard}
+    _write_json(folder / f"{stem}.safetensors.index.json", {"metadata": total, "weight_map": places})

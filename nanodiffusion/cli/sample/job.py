@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanodiffusion import __version__
 from nanodiffusion.cli.pictures import drawn
-from nanodiffusion.cli.wanted import Wanted, about, choose
+from nanodiffusion.cli.sample.conditions import Wanted, about, choose
 from nanodiffusion.cli.words import changed
 from nanodiffusion.config import SampleConfig
 from nanodiffusion.data.files import MAX_PIXELS, MODES, load_image
@@ -125,8 +125,6 @@ def open_job(path: str, options: dict[str, Any], changes: dict[str, Any], w: Wor
     if "image" in options and "panorama" not in options:
         options = {"strength": STRENGTH, **options}
     run = load_run(path, options.get("weights", "ema-0"), w.device, options.get("best", False))
-    if (task := run.config.task["name"]) != "denoise":
-        raise UserError("this run draws nothing", file=path, found=f"task {task}", fix="codec=RUN/codec in another run")
     config = changed(run.config.sample, changes)
     if "codec" in options:
         run = replace(run, config=replace(run.config, codec=options["codec"]))

@@ -1,11 +1,11 @@
-"""What `sample` is to draw: classes and texts, from the command line or a file, as conditions of every image."""
+"""What a run is to draw: classes and texts, from the command line or a file, as conditions of every image."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,6 +17,18 @@ from nanodiffusion.run import Run
 LISTS = (".yaml", ".yml", ".txt")  # files of classes or texts
 WIDE = 20  # columns of a grid, at most
 MOST = 10_000_000  # images that a file may ask for
+
+# The keys that ask for classes and texts, and their types. `class` is no name for a field.
+Asked = TypedDict(
+    "Asked",
+    {
+        "class": int | str | list | None,
+        "text": int | float | bool | str | list | None,
+        "negative": str,
+        "encoder": str,
+    },
+    total=False,
+)
 
 
 @dataclass(frozen=True)

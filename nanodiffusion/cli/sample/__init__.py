@@ -5,17 +5,18 @@ import typing
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from PIL import Image
 
 from nanodiffusion import show
-from nanodiffusion.cli.arrays import write
-from nanodiffusion.cli.job import FILES, PICTURES, Job, open_job
 from nanodiffusion.cli.pictures import film, film_pace, images, joined, sheet, strip, trajectories
-from nanodiffusion.cli.words import parse_value, read_pairs
-from nanodiffusion.config import SampleConfig, check_options
+from nanodiffusion.cli.runs import refuse_several
+from nanodiffusion.cli.sample.conditions import Asked
+from nanodiffusion.cli.sample.files import write
+from nanodiffusion.cli.sample.job import FILES, PICTURES, Job, open_job
+from nanodiffusion.cli.words import read_options
 from nanodiffusion.distributed import world
 from nanodiffusion.draw import begin
 from nanodiffusion.errors import UserError
@@ -24,41 +25,34 @@ from nanodiffusion.sampler import ImageNoise
 
 PICTURED = 400  # samples in a picture, at most
 
-# The keys of the command and their types; the keys of SampleConfig come on top. `class` is no name for a field.
-Options = TypedDict(
-    "Options",
-    {
-        "n": int,
-        "class": int | str | list | None,
-        "text": int | float | bool | str | list | None,
-        "negative": str,
-        "encoder": str,
-        "codec": str,
-        "size": int | str | list,
-        "seed": int,
-        "batch": int,
-        "weights": str,
-        "best": bool,
-        "device": str,
-        "image": str,
-        "strength": float,
-        "frames": int,
-        "noise": str,
-        "panorama": int,
-        "toward": str,
-        "sharpness": float,
-        "brightness": float,
-        "grid": str,
-        "strip": str,
-        "trajectories": str,
-        "gif": str,
-        "mp4": str,
-        "out": str,
-        "npz": str,
-        "latents": str,
-    },
-    total=False,
-)
+
+class Options(Asked, total=False):
+    """The keys of the command and their types; the keys of SampleConfig come on top."""
+
+    n: int
+    codec: str
+    size: int | str | list
+    seed: int
+    batch: int
+    weights: str
+    best: bool
+    device: str
+    image: str
+    strength: float
+    frames: int
+    noise: str
+    panorama: int
+    toward: str
+    sharpness: float
+    brightness: float
+    grid: str
+    strip: str
+    trajectories: str
+    gif: str
+    mp4: str
+    out: str
+    npz: str
+    latents: str
 
 
 def main(args: Namespace) -> int:
@@ -67,6 +61,7 @@ def main(args: Namespace) -> int:
         raise UserError("which run?", expected="nanodiffusion sample RUN key=value ...", fix="a folder, e.g. runs/demo")
     path, *words = args.words
     options, changes = read_words(words)
+    refuse_several(path, "sample")
     with world(options.get("device", "auto")) as w:
         tune(w.device)
         say: Callable[[str], None] = print if w.first else lambda text: None
@@ -81,18 +76,9 @@ def main(args: Namespace) -> int:
     return 0
 
 
-# -- words -------------------------------------------------------------------------------------------------------------
-
-
 def read_words(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """key=value words as (options of the command, changes of the SampleConfig by dotted key), checked."""
-    kinds = typing.get_type_hints(Options)
-    ours = {k: v for k, v in typing.get_type_hints(SampleConfig).items() if k not in (*kinds, "prompts")}
-    pairs = read_pairs(words, {**kinds, **ours})
-    given = {key: text if kinds.get(key) is str else parse_value(text) for key, text in pairs.items()}
-    options = {k: v for k, v in given.items() if k in kinds}
-    check_options(options, kinds, "")
-    return options, {k: v for k, v in given.items() if k not in options}
+    return read_options(words, typing.get_type_hints(Options))
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from nanodiffusion import show
 from nanodiffusion.checkpoint import content_hash, load_meta, save_tensors
-from nanodiffusion.cli.job import Job
 from nanodiffusion.cli.pictures import images
+from nanodiffusion.cli.sample.job import Job
 from nanodiffusion.distributed import World
 from nanodiffusion.errors import UserError
+from nanodiffusion.resume import check_same, parse_settings
 
 
 class Sink(Protocol):
@@ -119,22 +120,23 @@ class Array:
         self.parts = path.with_name(f"{path.name}.parts")
         made = {"batch": job.batch, "weights_sha256": content_hash(job.run.denoiser.net.state_dict())}
         made |= {"codec_sha256": content_hash(job.run.codec.state_dict())} if self.shown and job.latent else {}
-        self.settings = json.dumps(job.settings | made, sort_keys=True)
+        self.settings = job.settings | made
+        self.text = json.dumps(self.settings, sort_keys=True)
 
     def there(self) -> bool:
         """Whether the whole file is."""
         if self.path.exists():
-            check_settings(settings_of(self.path, self.key), self.settings, self.path, self.key)
+            self._check(settings_of(self.path, self.key), self.path, self.path)
         return self.path.exists()
 
     def open(self, w: World) -> None:
         """Begin, or go on, in the folder of batches."""
         known = self.parts / "settings.json"
         if w.first and known.exists():
-            check_settings(known.read_text(), self.settings, self.parts, self.key)
+            self._check(known.read_bytes(), known, self.parts)
         elif w.first:
             with show.atomic(known) as part:
-                part.write_text(self.settings)
+                part.write_text(self.text)
 
     def has(self, start: int, stop: int) -> bool:
         """Whether the batch that starts there is."""
@@ -152,10 +154,16 @@ class Array:
         if self.path.suffix == ".safetensors":
             x = torch.cat([torch.from_numpy(np.load(file)) for file in files])
             tensors = {self.name: x, **{k: torch.from_numpy(v) for k, v in small.items()}}
-            save_tensors(self.path, tensors, {"settings": self.settings})
+            save_tensors(self.path, tensors, {"settings": self.text})
         else:
-            join(self.path, self.name, files, self.job.n, {"settings": np.array(self.settings), **small})
+            join(self.path, self.name, files, self.job.n, {"settings": np.array(self.text), **small})
         shutil.rmtree(self.parts)
+
+    def _check(self, old: str | bytes, file: Path, where: Path) -> None:
+        """UserError unless the samples at `where` were made as those to come, by the settings in `file`."""
+        fix = f"another {self.key}=, or delete {where}"
+        before = parse_settings(old, self.settings, file, fix)
+        check_same(before, self.settings, "samples with other settings are there", where, fix)
 
     def _part(self, start: int) -> Path:
         return self.parts / f"{start:09d}.npy"
@@ -171,21 +179,6 @@ def settings_of(path: Path, key: str) -> str:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         what = "this file is not ours to replace"
         raise UserError(what, file=path, key=key, found=str(e), fix="another name") from None
-
-
-def check_settings(old: str, new: str, path: Path, key: str) -> None:
-    """UserError unless samples that are there were made as those to come."""
-    before, now = json.loads(old), json.loads(new)
-    keys = [k for k in now if before.get(k) != now[k]]
-    if keys:
-        raise UserError(
-            "samples with other settings are there",
-            file=path,
-            key=", ".join(keys),
-            expected={k: before.get(k) for k in keys},
-            found={k: now[k] for k in keys},
-            fix=f"another {key}=, or delete it",
-        )
 
 
 def join(path: Path, name: str, files: Sequence[Path], n: int, small: Mapping[str, np.ndarray]) -> None:

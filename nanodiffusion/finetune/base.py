@@ -1,0 +1,271 @@
+"""What every task on a published checkpoint has in common: frozen parts about trained ones, and pixels made into latents.
+
+A `Tuned` is to the training loop what a `Denoiser` is: `net` is what is trained, averaged and saved; the rest is frozen. A
+batch (pixels, cond) of a data set becomes (latents, cond) in `Prepared`; what the U-Net is told is made of cond in
+`Tuned.condition`, inside the loss, so that whatever takes part in it may be trained.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nanodiffusion.config import Config
+from nanodiffusion.data import order
+from nanodiffusion.data.conditioning import hide, latent_mask
+from nanodiffusion.denoiser import PRECISIONS, Cond, Denoiser
+from nanodiffusion.draw import begin, check_settings, cycled, make_step
+from nanodiffusion.errors import UserError
+from nanodiffusion.fast import adapt
+from nanodiffusion.guidance import cfg
+from nanodiffusion.objective import SHOWN, Fixed, Validator, make_schedule
+from nanodiffusion.sampler import ImageNoise, sample
+from nanodiffusion.task import Task
+from nanodiffusion.train import mix
+
+if TYPE_CHECKING:
+    from nanodiffusion.pretrained.load import Bundle
+    from nanodiffusion.train import Trainer
+
+NO_TEXT = -1  # as an id: the features of this prompt are zeros
+
+
+class Tuned(nn.Module):
+    """A checkpoint of which a part is trained, called as a Denoiser is: D(x, sigma, cond) -> E[x0 | x].
+
+    net: what is trained. whole: the U-Net with whatever is about it, of which `net` is (a part), or that `net` conditions.
+    takes: the names of the conditions that `condition` needs, see there.
+    """
+
+    takes: tuple[str, ...] = ("ids",)
+
+    def __init__(self, bundle: "Bundle", config: Config, net: nn.Module, whole: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net, self.text, self.codec = net, bundle.text, bundle.codec.eval()
+        self.sizes, self.zero_uncond = bundle.family.sizes, bundle.family.zero_uncond
+        self.precision = PRECISIONS[config.precision]
+        whole = bundle.denoiser.net if whole is None else whole
+        self.denoiser = Denoiser(whole, config.prediction, config.clock, make_schedule(config), self.precision)
+        self.encoders = nn.ModuleList(part.net for part in bundle.text.parts)
+        self.takes = (*self.takes, *(("sizes",) if self.sizes else ()))
+
+    # what the U-Net is told
+
+    def condition(self, cond: Cond) -> dict[str, Any]:
+        """The U-Net's own conditions of a batch's.
+
+        ids (b k 77) of k text encoders -> context (b 77 d) and, of SDXL, pooled (b p). sizes (b 6) and concat (b c h w), as
+        the U-Net takes them, stay, and so does whatever is given ready.
+        """
+        known = {name: value for name, value in cond.items() if name != "ids"}
+        return known | self.read(cond["ids"]) if "ids" in cond else known
+
+    def read(self, ids: Tensor) -> dict[str, Tensor]:
+        """What the text encoders say of ids (b k 77); zeros of a row of NO_TEXT."""
+        there = ids[:, 0, 0] != NO_TEXT
+        rows = ids.clamp(min=0).unbind(1)
+        cond = self.text.from_embeddings([net.embed(row) for net, row in zip(self.encoders, rows)], rows)  # type: ignore[operator]
+        if not self.zero_uncond:
+            return cond
+        return {name: torch.where(there.view(-1, *[1] * (v.ndim - 1)), v, 0) for name, v in cond.items()}
+
+    def unconditional(self, cond: Cond) -> dict[str, Any]:
+        """The same with no text, which is what the checkpoint was trained with: zeros of SDXL, else the encoded ""."""
+        return {**cond, "ids": self.tokens([""])[:1].to(cond["ids"]).expand_as(cond["ids"])}
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """Captions as ids (b k 77), each cut to 75 tokens; "" is NO_TEXT where that is how the checkpoint was trained."""
+        ids = torch.stack([part.tokenizer(list(texts), part.net.config.positions) for part in self.text.parts], 1)
+        empty = torch.tensor([not text for text in texts]) & self.zero_uncond
+        return ids.masked_fill(empty[:, None, None], NO_TEXT)
+
+    def caption(self, text: str, u: float) -> str:
+        """What is said of a picture, of its caption, by chance u in [0, 1)."""
+        return text
+
+    # as a denoiser
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
+        """E[x0 | x]: x (b c h w), sigma (b) -> (b c h w)."""
+        return self.denoiser(x, sigma, self.conditioned(cond or {}))
+
+    def loss(self, x0: Tensor, sigma: Tensor, eps: Tensor, cond: Cond, *options: Any) -> Tensor:
+        """`Denoiser.loss` of latents x0 (b c h w) -> (b)."""
+        return self.denoiser.loss(x0, sigma, eps, self.conditioned(cond), *options)
+
+    def conditioned(self, cond: Cond) -> dict[str, Any]:
+        """`condition` in the model's precision."""
+        device = next(self.net.parameters()).device.type
+        half = self.precision != torch.float32
+        with torch.autocast(device, self.precision) if half else nullcontext():
+            return self.condition(cond)
+
+
+class Prepared:
+    """A data set of pixels as the loop needs it: latents of a codec, ids of captions, and what inpainting is told.
+
+    batch -> x0 (b c h w), cond: ids (b k 77), sizes (b 6), control (b 3 H W), hole (b 1 H W) and, beside that, concat
+    (b 1+c h w): the hole and the latents of what is left, as the data set gives them. Latents are drawn from the
+    posterior by noise that the last column of u decides; the one before it chooses between captions.
+    """
+
+    def __init__(self, data: Any, model: Tuned) -> None:
+        self.data, self.model = data, model
+        self.classes: tuple[str, ...] = ()
+        self.labels = None
+        self.captions: Sequence[str] = data.captions
+        factor, (_, h, w) = model.codec.factor, data.shape
+        if h % factor or w % factor:
+            expected = f"multiples of {factor}"
+            raise UserError(
+                "the codec cannot halve pictures of this size", key="data.size", expected=expected, found=(h, w)
+            )
+        self.shape = (model.codec.latent_channels, h // factor, w // factor)
+        self.draws = data.draws + 2
+        self.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def to(self, device: torch.device) -> "Prepared":
+        """The same, its batches on a device."""
+        self.device, self.data = device, self.data.to(device)
+        return self
+
+    def order(self, batch: int, seed: int, step: int) -> Tensor:
+        """The samples (batch) of global batch `step`, as the data set chooses them."""
+        own = getattr(self.data, "order", None)
+        return own(batch, seed, step) if own else order(len(self), batch, seed, step)
+
+    def shape_of(self, index: Tensor) -> tuple[int, ...]:
+        """The shape (c h w) of the latents of a batch."""
+        own, factor = getattr(self.data, "shape_of", None), self.model.codec.factor
+        return (self.shape[0], *(side // factor for side in own(index)[1:])) if own else self.shape
+
+    def prefetch(self, index: Tensor, u: Tensor) -> None:
+        """Let the data set begin what `batch` will ask for."""
+        if own := getattr(self.data, "prefetch", None):
+            own(index, u[:, :-2])
+
+    @torch.no_grad()
+    def batch(self, index: Tensor, u: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """index (b), u (b draws) -> x0, cond; without u the data's own choice, and the middle of the posterior."""
+        pixels, cond = self.data.batch(index, None if u is None else u[:, :-2])
+        codec = self.model.codec
+        shape = (codec.latent_channels, *(side // codec.factor for side in pixels.shape[2:]))
+        noise = None if u is None else posterior_noise(u[:, -1], shape).to(pixels)
+        x0 = codec.encode(pixels, noise)
+        choice = [0.0] * len(index) if u is None else u[:, -2].tolist()
+        texts = [self.model.caption(str(self.captions[row]), c) for row, c in zip(cond["row"].tolist(), choice)]
+        ids = self.model.tokens(texts)
+        known = {name: value for name, value in cond.items() if name != "row"} | {"ids": ids.to(x0.device)}
+        if "hole" in cond:
+            hidden = codec.encode(hide(pixels, cond["hole"]))
+            known["concat"] = torch.cat([latent_mask(cond["hole"], codec.factor), hidden], 1)
+        return x0, known
+
+
+def posterior_noise(u: Tensor, shape: Sequence[int]) -> Tensor:
+    """Unit noise (b *shape) on the CPU, of which row i depends on u[i] in [0, 1) alone: u (b)."""
+    seeds = [mix(int(k)) for k in (u.double().cpu() * 2**24).tolist()]  # CPU generators read 32 bits of a seed
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@dataclass(frozen=True)
+class Finetune(Task):
+    """Options of every task on a checkpoint. base: a folder, a file or a name on the hub, see `load_pretrained`."""
+
+    base: str
+    variant: str = ""  # of the weights: fp16
+    frozen: str = "auto"  # dtype of what is not trained: fp32, bf16, fp16; auto = the run's precision on a GPU
+    checkpointing: bool = False  # activations are computed again, for a third more time and much less memory
+    new_prediction: bool = False  # allows a `prediction` other than the checkpoint's
+
+    # what a task adds, beside what it publishes
+
+    def tuned(self, bundle: "Bundle", config: Config) -> Tuned:
+        """The checkpoint with what is to be trained: frozen, but for `net`."""
+        raise NotImplementedError
+
+    # what the tasks share
+
+    def settled(self, config: Config) -> Config:
+        """The net is the checkpoint's."""
+        return replace(config, net={"name": "checkpoint"})
+
+    def flops(self, model: Tuned) -> None:
+        """Not known: they depend on the size of the pictures."""
+
+    def model(self, config: Config) -> Tuned:
+        """The checkpoint at `base` with what is to be trained, the same for the same seed."""
+        from nanodiffusion.pretrained.load import load_pretrained  # slow to import
+
+        half = config.precision if torch.cuda.is_available() and config.device != "cpu" else "fp32"
+        bundle = load_pretrained(self.base, half if self.frozen == "auto" else self.frozen, "cpu", self.variant or None)
+        said = bundle.denoiser.prediction.name
+        if config.prediction != said and not self.new_prediction:
+            fix = f"prediction={said}, or task.new_prediction=true to train it to predict another thing"
+            raise UserError(
+                "the checkpoint predicts something else",
+                file=self.base,
+                key="prediction",
+                found=config.prediction,
+                fix=fix,
+            )
+        bundle.denoiser.requires_grad_(False)
+        vars(bundle.denoiser.net)["checkpointing"] = self.checkpointing
+        adapt(bundle.denoiser.net)
+        model = self.tuned(bundle, config)
+        model.net.requires_grad_(True)
+        return model
+
+    def prepared(self, data: Any, model: Tuned) -> Any:
+        """The data set as the model takes it."""
+        if "pooled" in getattr(data, "takes", ()) or not hasattr(data, "captions"):
+            raise UserError("this task needs pictures with captions", key="data.name", fix="data.name=pictures")
+        return Prepared(data, model)
+
+    def check(self, model: Tuned, config: Config, shape: tuple[int, ...]) -> None:
+        """UserError for what would be refused only after training."""
+        check_settings(config.sample, make_schedule(config))
+
+    def validator(self, trainer: "Trainer", data: Any, density: Any) -> Validator:
+        """What measures the model on held-out data."""
+        return Validator(trainer, data, density)
+
+    def fixed(self, config: Config, model: Tuned, data: Any) -> Fixed:
+        """The conditions (k ...) that pictures are drawn from: of the first samples, with `sample.prompts` for captions."""
+        prompts = config.sample.prompts
+        k = min(len(data), max(len(prompts), SHOWN))
+        _, cond = data.batch(torch.arange(k))
+        taken = {name: value.cpu() for name, value in cond.items() if name in model.takes}
+        if prompts:
+            ids = model.tokens(prompts)
+            taken["ids"] = ids[cycled(k, len(ids))]
+        return taken
+
+    @torch.no_grad()
+    def pictures(
+        self, model: Tuned, config: Config, shape: Sequence[int], fixed: Fixed, seeds: Sequence[int], start: int = 0
+    ) -> Tensor:
+        """Latents (n *shape), one a seed, the fixed conditions in turn from number `start`."""
+        model.eval()
+        device = next(model.net.parameters()).device
+        k = len(next(iter(fixed.values())))
+        row = torch.arange(start, start + len(seeds)) % k
+        cond = {name: value[row].to(device) for name, value in fixed.items()}
+        given = config.sample
+        lo, hi = given.guidance_interval or (0.0, float("inf"))
+        told, nothing = (model.conditioned(c) for c in (cond, model.unconditional(cond)))
+        D = cfg(model.denoiser, told, nothing, given.guidance, lo, hi, given.guidance_rescale)
+        own = ImageNoise(seeds)
+        x, ladder = begin(model.denoiser, make_schedule(config), given, own.draw(*shape))
+        *_, last = sample(D, x.to(device), ladder, make_step(given), own)
+        return last.x
+
+    def columns(self, classes: int, fixed: Fixed, n: int) -> int:
+        """As many columns as conditions."""
+        return min(n, len(next(iter(fixed.values()))))

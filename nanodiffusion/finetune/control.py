@@ -1,0 +1,100 @@
+"""What reads a control image beside a frozen U-Net: a ControlNet, or a T2I-Adapter."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanodiffusion.config import Config
+from nanodiffusion.denoiser import Cond
+from nanodiffusion.finetune.base import Finetune, Tuned
+from nanodiffusion.nets.adapter import Adapter, AdapterConfig
+from nanodiffusion.nets.controlnet import Controlled, ControlNet, control_strengths
+from nanodiffusion.pretrained.load import Bundle
+from nanodiffusion.pretrained.publish import save_part
+
+
+class WithControl(Tuned):
+    """A U-Net with a ControlNet, which reads control (b 3 H W) in [0, 1]."""
+
+    takes = ("ids", "control")
+
+    def condition(self, cond: Cond) -> dict[str, Any]:
+        """As `Tuned.condition`, and control -> hints and strengths."""
+        known = super().condition({name: v for name, v in cond.items() if name != "control"})
+        net: Any = self.net
+        hint = net.embed(cond["control"])
+        strength = control_strengths(1.0, len(hint), net.count).to(hint.device)
+        return known | {"hints": (hint,), "strengths": (strength,)}
+
+
+@dataclass(frozen=True)
+class ControlNets(Finetune):
+    """A ControlNet from the U-Net (Zhang et al. 2023), or from an earlier one. It makes `controlnet/`.
+
+    data.control says what it reads: canny, inpainting, or a picture of the user's own. start: a folder, file or name.
+    """
+
+    start: str = ""
+
+    def tuned(self, bundle: Bundle, config: Config) -> Tuned:
+        """The frozen U-Net and the ControlNet about it."""
+        from nanodiffusion.pretrained.load import load_controlnet
+
+        unet: Any = bundle.denoiser.net
+        torch.manual_seed(config.seed)  # of the stem
+        net = load_controlnet(self.start, "fp32", "cpu") if self.start else ControlNet.from_unet(unet).float()
+        net.checkpointing = self.checkpointing
+        return WithControl(bundle, config, net, Controlled(unet, [net]))
+
+    def publish(self, model: Tuned, data: Any, seed: int, folder: Path) -> None:
+        """Write `controlnet/`."""
+        save_part(model.net, folder / "controlnet", over=True)
+
+
+class WithAdapter(Tuned):
+    """A U-Net with a T2I-Adapter, which reads control (b 3 H W) in [0, 1]."""
+
+    takes = ("ids", "control")
+
+    def condition(self, cond: Cond) -> dict[str, Any]:
+        """As `Tuned.condition`, and control -> features."""
+        known = super().condition({name: v for name, v in cond.items() if name != "control"})
+        return known | {"features": self.net(cond["control"])}
+
+
+@dataclass(frozen=True)
+class Adapters(Finetune):
+    """A T2I-Adapter (Mou et al. 2023), from nothing or from an earlier one. It makes `adapter/`.
+
+    kind: full or light; SDXL has a full one of its own. data.control says what it reads.
+    """
+
+    start: str = ""
+    kind: str = "full"
+
+    def tuned(self, bundle: Bundle, config: Config) -> Tuned:
+        """The frozen U-Net and the adapter."""
+        from nanodiffusion.pretrained.load import load_adapter
+
+        torch.manual_seed(config.seed)
+        net = (
+            load_adapter(self.start, "fp32", "cpu")
+            if self.start
+            else Adapter(adapter_for(bundle.denoiser.net, self.kind))
+        )
+        return WithAdapter(bundle, config, net)
+
+    def publish(self, model: Tuned, data: Any, seed: int, folder: Path) -> None:
+        """Write `adapter/`."""
+        save_part(model.net, folder / "adapter", over=True)
+
+
+def adapter_for(unet: Any, kind: str = "full") -> AdapterConfig:
+    """The adapter that fits a U-Net, as those published do: SDXL's has a map more than the U-Net has levels."""
+    widths = tuple(unet.config.widths)
+    if kind == "full" and unet.config.added_dim:
+        return AdapterConfig("full_xl", widths=(*widths, widths[-1]), downscale=16)
+    light = kind == "light"
+    return AdapterConfig(kind, widths=widths[:-1] if light else widths, blocks=4 if light else 2)

@@ -1,0 +1,79 @@
+"""Another network in a checkpoint's place: a trained U-Net, VAE or text encoder, from wherever its loader reads it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nanodiffusion.denoiser import Denoiser
+from nanodiffusion.errors import UserError, lookup
+from nanodiffusion.pretrained.load import TEXTS, Bundle, family_of, load_codec, load_text, load_unet
+from nanodiffusion.text.prompts import TextEncoder
+
+
+def replace_part(bundle: Bundle, name: str, where: str | Path, dtype: str | torch.dtype = "keep") -> Bundle:
+    """The bundle with the network at `where` as its "unet", "vae", "text_encoder" or "text_encoder_2"; the one given stays.
+
+    where: a folder, a file, a whole checkpoint of which the part is taken, or a name on the hub. dtype: "keep" is the file's.
+    UserError: no such part, one of another kind or family, or as its loader.
+    """
+    changed = lookup(PARTS, name, "part")(bundle, where, dtype)
+    return dataclasses.replace(changed, source={**bundle.source, name: str(where)})
+
+
+def _unet(bundle: Bundle, where: str | Path, dtype: str | torch.dtype) -> Bundle:
+    net, old = load_unet(where, dtype, _device(bundle.denoiser)), bundle.config
+    new = net.config
+    found = (family_of(new).name, new.context_dim, new.pooled_dim, new.added_dim, new.channels_out)
+    wanted = (bundle.family.name, old.context_dim, old.pooled_dim, old.added_dim, old.channels_out)
+    words = ("family", "features of the text", "of the pooled text", "added", "channels of the latents")
+    _check(where, "unet", dict(zip(words, zip(wanted, found))))
+    denoiser = Denoiser(net, bundle.denoiser.prediction, "table", bundle.schedule).eval()
+    return dataclasses.replace(bundle, denoiser=denoiser)
+
+
+def _vae(bundle: Bundle, where: str | Path, dtype: str | torch.dtype) -> Bundle:
+    codec, old = load_codec(where, dtype, _device(bundle.codec), family=bundle.family.name), bundle.codec
+    checks: dict[str, tuple[Any, Any]] = {
+        key: (getattr(old.config, key), getattr(codec.config, key)) for key in ("latent_channels", "scale", "shift")
+    }
+    _check(where, "vae", {**checks, "factor": (old.factor, codec.factor)})
+    return dataclasses.replace(bundle, codec=codec)
+
+
+def _text(i: int, bundle: Bundle, where: str | Path, dtype: str | torch.dtype) -> Bundle:
+    name, parts = TEXTS[i][0], list(bundle.text.parts)
+    if i >= len(parts):
+        what = f"a checkpoint of {bundle.family.name} has one text encoder"
+        raise UserError(what, key=name, fix=f"{TEXTS[0][0]}=..., or a checkpoint of sdxl")
+    old = parts[i].net
+    net = load_text(where, dtype, _device(old), name=name, activation=old.config.activation)
+    new = dataclasses.asdict(net.config)
+    _check(where, name, {key: (value, new[key]) for key, value in dataclasses.asdict(old.config).items()})
+    parts[i] = dataclasses.replace(parts[i], net=net)
+    return dataclasses.replace(bundle, text=TextEncoder(parts, bundle.text.check_added))
+
+
+PARTS: dict[str, Callable[[Bundle, str | Path, str | torch.dtype], Bundle]] = {
+    "unet": _unet,
+    "vae": _vae,
+    "text_encoder": partial(_text, 0),
+    "text_encoder_2": partial(_text, 1),
+}
+
+
+def _device(net: nn.Module) -> torch.device:
+    return next(net.parameters()).device
+
+
+def _check(where: str | Path, name: str, checks: Mapping[str, tuple[Any, Any]]) -> None:
+    """UserError unless all pairs, of the checkpoint and of the part, are equal."""
+    if wrong := {key: pair for key, pair in checks.items() if pair[0] != pair[1]}:
+        wanted, found = (", ".join(f"{key} {pair[i]}" for key, pair in wrong.items()) for i in (0, 1))
+        what = "this part does not belong into this checkpoint"
+        fix = "take one that was trained from a checkpoint of this family"
+        raise UserError(what, file=where, key=name, expected=wanted, found=found, fix=fix)

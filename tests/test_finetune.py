@@ -1,0 +1,381 @@
+"""Training on checkpoints: one step's gradients are those of diffusers' modules, and only what is named changes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanodiffusion.config import make, read_config
+from nanodiffusion.errors import UserError
+from nanodiffusion.finetune import FINETUNES
+from nanodiffusion.finetune.base import NO_TEXT, Prepared, Tuned, posterior_noise
+from nanodiffusion.lora import read_lora
+from nanodiffusion.objective import make_density
+from nanodiffusion.text.inversion import load_inversion
+from nanodiffusion.train import Trainer
+from tests import sd_files
+from tests.reference import in_float64
+
+FAMILIES = ("sd1", "sdxl")
+TASKS = ("text_to_image", "inpaint", "inpaint_by_tokens", "controlnet", "adapter", "lora", "textual_inversion")
+SAMPLE = {"guidance": 3.0, "steps": 2, "n": 4, "sampler": {"name": "euler"}}
+LDM = {
+    "prediction": "eps",
+    "clock": "table",
+    "schedule": {"name": "ldm"},
+    "density": {"name": "table"},
+    "sample": SAMPLE,
+}
+
+
+@dataclass
+class Pixels:
+    """Four random pictures of 64 x 64 with captions, a control image and a hole."""
+
+    captions: Any = ("a photo of a cat", "a red dog", "", "the sea by a house")
+    shape: tuple[int, ...] = (3, 64, 64)
+    draws: int = 1
+    classes: tuple[str, ...] = ()
+    labels: None = None
+
+    def __len__(self) -> int:
+        return 4
+
+    def to(self, device: torch.device) -> "Pixels":
+        return self
+
+    def batch(self, index: Tensor, u: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        x = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(5)) * 2 - 1
+        hole = torch.zeros(len(index), 1, 64, 64)
+        hole[:, :, 16:40, 8:] = 1
+        sizes = torch.tensor([[64, 80, 0, 16, 64, 64]]).expand(len(index), 6)
+        return x[index], {"row": index, "sizes": sizes, "control": (x[index] + 1) / 2, "hole": hole}
+
+
+def config_of(task: str, family: str = "sd1", **more: Any) -> Any:
+    """A config of a task on a tiny checkpoint; `task_...` are the task's options."""
+    options = {k[5:]: more.pop(k) for k in list(more) if k.startswith("task_")}
+    spec = {"name": task, "base": str(sd_files.tree(family)), **options}
+    return read_config({**LDM, "task": spec, "batch_size": 4, "steps": 3, "device": "cpu", "ema": [], **more})
+
+
+def trainer_of(task: str, family: str = "sd1", **more: Any) -> Trainer:
+    """The loop of such a config on `Pixels`."""
+    config = config_of(task, family, **more)
+    row = make(FINETUNES, config.task, "task")()
+    model = row.model(config)
+    return Trainer(model, row.prepared(Pixels(), model), make_density(config), config)
+
+
+# ---- the same step by diffusers' modules
+
+
+def in_double(trainer: Trainer) -> Trainer:
+    """The loop with the model's weights in float64."""
+    trainer.denoiser.double()
+    return trainer
+
+
+def pipeline(family: str) -> Any:
+    """The checkpoint as diffusers loads it, its weights in float64."""
+    import diffusers
+
+    kind = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
+    pipe = kind.from_pretrained(sd_files.tree(family))
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        getattr(pipe, name, torch.nn.Identity()).double()
+    return pipe
+
+
+def told(pipe: Any, texts: list[str], keep: Tensor, family: str) -> dict[str, Any]:
+    """Features of captions by transformers, of those dropped the family's own nothing."""
+    texts = [text if k else "" for text, k in zip(texts, keep.tolist())]
+    if family == "sd1":
+        ids = pipe.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return {"encoder_hidden_states": pipe.text_encoder(ids)[0]}
+    context, _, pooled, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, device="cpu")
+    there = torch.tensor([bool(text) for text in texts])
+    sizes = torch.tensor([[64.0, 80, 0, 16, 64, 64]]).repeat(4, 1)
+    context, pooled = context * there[:, None, None], pooled * there[:, None]
+    return {"encoder_hidden_states": context, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+
+
+def scheduler() -> Any:
+    """The published schedule, which can add noise at any timestep."""
+    import diffusers
+
+    return diffusers.DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear")
+
+
+def drawn(trainer: Trainer) -> tuple[Any, Tensor]:
+    """The first batch's draw with its noise levels in float64, and the timesteps (4) that they are of."""
+    model: Any = trainer.denoiser
+    (draw,) = trainer.draw()
+    t = model.denoiser.clock(draw.sigma).round().long()
+    alphas = scheduler().alphas_cumprod[t]
+    return draw._replace(sigma=((1 - alphas) / alphas).sqrt()), t
+
+
+def reference_loss(pipe: Any, trainer: Trainer, family: str, hook: Any = None) -> Tensor:
+    """Mean squared error of the predicted noise, as published training scripts have it.
+
+    In float64: in float32 a gradient's own rounding is 1e-4 of it, for the embedding of t.
+    """
+    with in_float64():
+        loss = _reference_loss(pipe, trainer, family, hook)
+        loss.backward()
+    return loss.detach()
+
+
+def _reference_loss(pipe: Any, trainer: Trainer, family: str, hook: Any) -> Tensor:
+    draw, t = drawn(trainer)
+    data: Any = trainer.data
+    pixels, cond = Pixels().batch(draw.index)
+    moments = pipe.vae.encode(pixels).latent_dist
+    noise = posterior_noise(draw.u[:, -1], (4, 8, 8))
+    x0 = (moments.mean + moments.std * noise) * pipe.vae.config.scaling_factor
+    x = scheduler().add_noise(x0, draw.eps, t)
+    texts = [data.captions[i] for i in draw.index.tolist()]
+    given = told(pipe, texts, draw.keep, family)
+    x, given = hook(pipe, x, t, cond, given) if hook else (x, given)
+    return F.mse_loss(pipe.unet(x, t, **given).sample, draw.eps)
+
+
+def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """The same gradients by name, within 1e-8 of the largest number of each, or of a thousandth of the largest of all."""
+    assert ours.keys() == theirs.keys()
+    top = max(float(g.abs().max()) for g in theirs.values())
+    for name, grad in theirs.items():
+        scale = max(float(grad.abs().max()), 1e-3 * top)
+        torch.testing.assert_close(ours[name], grad, rtol=0, atol=1e-8 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def gradients(net: torch.nn.Module) -> dict[str, Tensor]:
+    """By name."""
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def ours_after_a_step(trainer: Trainer) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of the first batch, and the gradients it leaves."""
+    with in_float64():
+        loss = trainer.losses(drawn(trainer)[0]).mean()
+        loss.backward()
+    return loss.detach(), gradients(trainer.denoiser.net)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_to_image_step_has_the_gradients_of_diffusers(family):
+    trainer, pipe = in_double(trainer_of("text_to_image", family, cond_dropout=0.5)), pipeline(family)
+    loss, ours = ours_after_a_step(trainer)
+    theirs = reference_loss(pipe, trainer, family)
+    torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=0)
+    close(ours, gradients(pipe.unet))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_controlnet_step_has_the_gradients_of_diffusers(family):
+    import diffusers
+
+    trainer, pipe = in_double(trainer_of("controlnet", family)), pipeline(family)
+    net: Any = trainer.denoiser.net
+    with torch.no_grad():  # past the first step, where all but the last layers have no gradient
+        for p in net.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    reference: Any = diffusers.ControlNetModel.from_unet(pipe.unet).double()
+    reference.load_state_dict(net.state_dict())
+
+    def hook(pipe: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], given: dict[str, Any]) -> Any:
+        down, mid = reference(x, t, controlnet_cond=cond["control"], return_dict=False, **given)
+        return x, {**given, "down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+
+    loss, ours = ours_after_a_step(trainer)
+    theirs = reference_loss(pipe, trainer, family, hook)
+    torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=0)
+    close(ours, gradients(reference))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_step_has_the_gradients_of_diffusers(family):
+    import diffusers
+
+    trainer, pipe = in_double(trainer_of("adapter", family)), pipeline(family)
+    net: Any = trainer.denoiser.net
+    c = net.config
+    kinds = {"full": "full_adapter", "full_xl": "full_adapter_xl"}
+    reference: Any = diffusers.T2IAdapter(3, list(c.widths), c.blocks, c.downscale, kinds[c.kind]).double()
+    reference.load_state_dict(net.state_dict())
+
+    def hook(pipe: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], given: dict[str, Any]) -> Any:
+        return x, {**given, "down_intrablock_additional_residuals": reference(cond["control"])}
+
+    loss, ours = ours_after_a_step(trainer)
+    theirs = reference_loss(pipe, trainer, family, hook)
+    torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=0)
+    close(ours, gradients(reference))
+
+
+def test_a_lora_step_has_the_gradients_of_peft():
+    import peft
+
+    trainer, pipe = in_double(trainer_of("lora", task_rank=4, task_alpha=2.0)), pipeline("sd1")
+    net: Any = trainer.denoiser.net
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if name.endswith("up"):
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    pipe.unet.requires_grad_(False)
+    pipe.unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=targets))
+    theirs_of = dict(pipe.unet.named_parameters())
+    ends = {"down": "lora_A.default.weight", "up": "lora_B.default.weight"}
+    place = {}
+    for name, p in net.named_parameters():
+        *layer, part = name.split("/")
+        place[name] = f"{'.'.join(layer[1:])}.{ends[part]}"
+        theirs_of[place[name]].data.copy_(p.data)
+    loss, ours = ours_after_a_step(trainer)
+    theirs = reference_loss(pipe, trainer, "sd1")
+    torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=0)
+    close({place[name]: grad for name, grad in ours.items()}, gradients(pipe.unet))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_inpainting_step_has_the_gradients_of_diffusers(family):
+    trainer, pipe = in_double(trainer_of("inpaint", family)), pipeline(family)
+    net: Any = trainer.denoiser.net
+    with torch.no_grad():
+        net.conv_in.weight[:, 4:] = 0.05 * torch.randn(
+            net.conv_in.weight[:, 4:].shape, generator=torch.Generator().manual_seed(1)
+        )
+    pipe.unet.conv_in = torch.nn.Conv2d(9, net.config.widths[0], 3, padding=1).double()
+    pipe.unet.load_state_dict(net.state_dict())
+
+    def hook(pipe: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], given: dict[str, Any]) -> Any:
+        pixels, _ = Pixels().batch(drawn(trainer)[0].index)
+        hidden = pipe.vae.encode(pixels * (cond["hole"] < 0.5)).latent_dist.mean * pipe.vae.config.scaling_factor
+        return torch.cat([x, F.interpolate(cond["hole"], (8, 8)), hidden], 1), given
+
+    loss, ours = ours_after_a_step(trainer)
+    theirs = reference_loss(pipe, trainer, family, hook)
+    torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=0)
+    close(ours, gradients(pipe.unet))
+
+
+# ---- what changes, and what does not
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("task", TASKS)
+def test_nothing_but_what_is_trained_changes(task, family):
+    trainer = trainer_of(task, family, lr=1e-2)
+    model: Any = trainer.denoiser
+    trained = {id(p) for p in model.net.parameters()}
+    before = {name: p.clone() for name, p in model.state_dict(keep_vars=True).items()}
+    for _ in trainer:
+        pass
+    own = {name for name, p in model.state_dict(keep_vars=True).items() if id(p) in trained}
+    after = model.state_dict()
+    assert own and all(torch.equal(after[name], before[name]) for name in before if name not in own)
+    assert any(not torch.equal(after[name], before[name]) for name in own)
+    assert {id(p) for p in trainer.parameters} == trained
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("task", ["controlnet", "lora", "inpaint"])
+def test_a_fresh_addition_changes_nothing_yet(task, family):
+    plain, added = (trainer_of(name, family) for name in ("text_to_image", task))
+    (draw,) = plain.draw()
+    x0, cond = plain.data.batch(draw.index, draw.u)
+    _, more = added.data.batch(draw.index, draw.u)
+    with torch.no_grad():
+        ours, theirs = (
+            t.denoiser.loss(x0, draw.sigma, draw.eps, t.conditions(c)) for t, c in ((added, more), (plain, cond))
+        )
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_new_rows_of_the_table_are_trained():
+    trainer = trainer_of("textual_inversion", lr=1e-1, task_token="<thing>", task_start="a", task_vectors=3)
+    model: Any = trainer.denoiser
+    table = model.encoders[0].text_model.embeddings.token_embedding
+    frozen, rows = table.frozen.clone(), table.rows.detach().clone()
+    start = model.text.parts[0].tokenizer.encode("a")
+    torch.testing.assert_close(rows, frozen[torch.tensor([start[i % len(start)] for i in range(3)])], rtol=0, atol=0)
+    for _ in trainer:
+        pass
+    assert torch.equal(table.frozen, frozen) and not (table.rows == rows).all(1).any()
+
+
+# ---- nothing, and chance
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_caption_means_in_training_what_it_means_in_sampling(family):
+    from nanodiffusion.pretrained import load_pretrained
+    from nanodiffusion.tasks.conditions import conditioning
+    from nanodiffusion.tasks.request import GenerateConfig, Inputs, complete
+
+    trainer = trainer_of("text_to_image", family)
+    model: Any = trainer.denoiser
+    _, cond = trainer.data.batch(torch.tensor([0]))
+    bundle = load_pretrained(sd_files.tree(family), device="cpu")
+    request = complete(bundle, GenerateConfig(prompt=["a photo of a cat"], height=64, width=64, guidance=3.0), Inputs())
+    generated = conditioning(bundle, request)
+    for name in ("context", "pooled") if family == "sdxl" else ("context",):
+        trained = [model.condition(c)[name] for c in (cond, model.unconditional(cond))]
+        for ours, theirs in zip(trained, generated):
+            torch.testing.assert_close(ours, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_noise_of_the_posterior_is_a_function_of_its_own_u():
+    u = torch.rand(6, generator=torch.Generator().manual_seed(3))
+    whole = posterior_noise(u, (4, 8, 8))
+    for i in range(6):
+        torch.testing.assert_close(posterior_noise(u[i : i + 1], (4, 8, 8))[0], whole[i], rtol=0, atol=0)
+    many = posterior_noise(torch.rand(2000, generator=torch.Generator().manual_seed(4)), (10, 10))
+    assert abs(float(many.mean())) < 0.01 and abs(float(many.std()) - 1) < 0.01
+
+
+def test_ids_of_no_text_are_marked_only_where_zeros_stand_for_it():
+    for family, zeros in (("sd1", False), ("sdxl", True)):
+        model: Any = trainer_of("lora", family).denoiser
+        ids = model.tokens(["", "a cat"])
+        assert bool((ids[0] == NO_TEXT).all()) is zeros and not (ids[1] == NO_TEXT).any()
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "said"),
+    [
+        ("text_to_image", {"prediction": "v"}, "predicts something else"),
+        ("text_to_image", {"task_base": "/nowhere/at/all"}, "base|nowhere"),
+        ("lora", {"task_targets": ["text_2"]}, "no such part"),
+        ("lora", {"task_targets": []}, "no such part"),
+        ("lora", {"task_match": ["nothing.like.this"]}, "no layer matches"),
+        ("lora", {"task_rank": 0}, "rank"),
+        ("textual_inversion", {"task_vectors": 0}, "needs a vector"),
+        ("textual_inversion", {"task_templates": "poem"}, "templates"),
+        ("textual_inversion", {"task_token": "cat"}, "cat"),
+        ("textual_inversion", {"task_start": "cat dog puppy sea"}, "more tokens"),
+        ("adapter", {"task_kind": "strange"}, "kind"),
+        ("controlnet", {"task_start": "/nowhere/at/all"}, "nowhere"),
+        ("text_to_image", {"task_frozen": "fp8"}, "dtype|fp8"),
+        ("no_such_task", {}, "task.name"),
+        ("lora", {"task_strength": 1.0}, "strength"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_message(task, more, said):
+    with pytest.raises(UserError, match=said):
+        config = config_of(task, **{"task_base": str(sd_files.tree("sd1")), **more})
+        make(FINETUNES, config.task, "task")().model(config)
+
+
+def test_pictures_that_the_codec_cannot_halve_are_refused():
+    model: Any = trainer_of("text_to_image").denoiser
+    with pytest.raises(UserError, match="data.size"):
+        Prepared(Pixels(shape=(3, 60, 64)), model)

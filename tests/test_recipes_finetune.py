@@ -1,0 +1,113 @@
+"""The recipes that train on Stable Diffusion's checkpoints: what they promise, and each on a tiny one with photos."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sd_files
+import skimage.data
+from PIL import Image
+from tiny import rows
+
+from nanodiffusion.cli.recipes import CONFIGS
+from nanodiffusion.cli.train import plan
+from nanodiffusion.config import Config, option_types, read_config
+from nanodiffusion.data import pictures
+from nanodiffusion.data.controls import CONTROLS
+from nanodiffusion.distributed import World
+from nanodiffusion.finetune import FINETUNES
+from nanodiffusion.run import Runner
+
+pytest.importorskip("hydra")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MAKES = {  # recipe: the task, what it leaves behind
+    "sd-text-to-image": ("text_to_image", "unet/config.json"),
+    "sdxl-text-to-image": ("text_to_image", "unet/config.json"),
+    "sd-controlnet": ("controlnet", "controlnet/config.json"),
+    "sdxl-controlnet": ("controlnet", "controlnet/config.json"),
+    "sd-adapter": ("adapter", "adapter/config.json"),
+    "sdxl-adapter": ("adapter", "adapter/config.json"),
+    "sd-inpaint": ("inpaint", "unet/config.json"),
+    "sdxl-inpaint": ("inpaint", "unet/config.json"),
+    "sd-lora": ("lora", "lora.safetensors"),
+    "sdxl-lora": ("lora", "lora.safetensors"),
+    "textual-inversion": ("textual_inversion", "learned_embeds.safetensors"),
+}
+
+
+def one(recipe: str, *words: str) -> Config:
+    ((config, _),) = plan(recipe, words)
+    return config
+
+
+@pytest.mark.parametrize("recipe", MAKES)
+def test_a_recipe_names_a_task_a_base_and_captioned_pictures(recipe):
+    config = one(recipe)
+    assert config.task["name"] == MAKES[recipe][0] and config.name == recipe
+    assert config.task.keys() - {"name"} <= option_types(FINETUNES[config.task["name"]]).keys()
+    assert config.data["name"] == "pictures" and config.data.keys() - {"name"} <= option_types(pictures).keys()
+    xl = recipe.startswith("sdxl")
+    assert config.data["size"] == (1024 if xl else 512) and ("xl" in config.task["base"]) == xl
+    assert config.task.get("checkpointing", False) == xl
+    assert (config.prediction, config.clock, config.schedule["name"]) == ("eps", "table", "ldm")
+    assert config.density == {"name": "table"} and config.batch_size % config.accumulate == 0
+    assert "control" not in config.data or config.data["control"]["name"] in CONTROLS
+    assert ("hole" in config.data) == (config.task["name"] == "inpaint")
+
+
+@pytest.mark.parametrize("recipe", MAKES)
+def test_a_recipe_says_how_it_is_called(recipe):
+    text = (CONFIGS / f"{recipe}.yaml").read_text()
+    assert f"#   nanodiffusion train {recipe}" in text and len(text.splitlines()) <= 30
+
+
+def test_settings_are_those_of_the_published_trainings():
+    controlnet = one("sd-controlnet")
+    assert (controlnet.lr, controlnet.cond_dropout) == (1e-5, 0.5)  # Zhang et al. 2023, section 3.3
+    adapter = one("sd-adapter")
+    assert (adapter.lr, adapter.batch_size) == (1e-5, 8)  # Mou et al. 2023, section 4.1
+    xl = one("sdxl-adapter")
+    assert (xl.lr, xl.batch_size, xl.steps) == (1e-5, 128, 20000)
+    assert one("sdxl-text-to-image").cond_dropout == 0.1 and one("sdxl-inpaint").cond_dropout == 0.05
+    assert one("sd-inpaint").ema == [{"name": "ramped", "decay": 0.9999}]
+
+
+# -- each on a tiny checkpoint -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four photos, small, with captions."""
+    place = tmp_path_factory.mktemp("photos")
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
+        pixels = np.asarray(getattr(skimage.data, name)())[..., :3]
+        Image.fromarray(pixels).resize((96, 80)).save(place / f"{name}.png")
+        (place / f"{name}.txt").write_text("a photo of the sea")
+    return place
+
+
+def shrunk(recipe: str, out: Path, photos: Path) -> Runner:
+    """The Runner of a recipe on a tiny checkpoint, with everything else as it says."""
+    config = one(recipe)
+    base = sd_files.tree("sdxl" if "xl" in config.task["base"] else "sd1")
+    small: dict[str, Any] = {"batch_size": 4, "accumulate": 2, "steps": 2, "log_every": 1, "sample_every": 2}
+    small |= {"out": str(out), "device": "cpu", "precision": "fp32", "checkpoint_every": 0}
+    small |= {"task": {**config.task, "base": str(base)}, "data": {**config.data, "path": str(photos), "size": 64}}
+    small["sample"] = {**asdict(config.sample), "n": 2, "steps": 2}
+    return Runner(read_config({**asdict(config), **small}), World(), lambda text: None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", MAKES)
+def test_two_steps_of_each_leave_what_it_makes_and_pictures(tmp_path, photos, recipe):
+    runner = shrunk(recipe, tmp_path, photos)
+    assert runner.run() == "done"
+    found = [row for row in rows(runner.folder) if "loss" in row]
+    assert [row["step"] for row in found] == [1, 2] and all(np.isfinite(row["loss"]) for row in found)
+    assert (runner.folder / MAKES[recipe][1]).is_file()
+    averaged = bool(runner.config.ema)
+    names = {path.name for path in (runner.folder / "samples").iterdir()}
+    assert names == {"step-00000002-raw.png", *(["step-00000002-ema.png"] if averaged else [])}
