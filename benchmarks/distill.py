@@ -138,7 +138,11 @@ def main() -> None:
         "held_out_real": round(distance(y), 4),
         "samples": args.n,
         "guidance": GUIDANCE,
-        "teacher": {"steps": teacher.step, "parameters": net_size(teacher.denoiser.net), "cpu_s": round(taught)},
+        "teacher": {
+            "steps": teacher.step,
+            "parameters": net_size(teacher.denoiser.net),
+            "cpu_s": round(taught) or None,
+        },
         "student": {"steps": student.step, "levels": LEVELS, "cpu_s": round(learnt)},
         "cpu_s": round(time.process_time() - start),
         "torch": torch.__version__,

@@ -1,9 +1,6 @@
 """An image autoencoder as what a run trains: one pass and no noise levels, and the folder that `codec=` reads at the end."""
 
-import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -233,23 +230,13 @@ def latent_statistics(net: AutoencoderKL, data: Any, seed: int) -> tuple[float, 
 
 
 def save_codec(net: AutoencoderKL, config: AutoencoderKLConfig, folder: Path) -> Path:
-    """Write an autoencoder's weights and config as the folder that `codec=` and diffusers read, in one move."""
-    from nanodiffusion.pretrained.architecture import vae_json  # slow to import
-    from nanodiffusion.pretrained.weights import STEMS, disk_errors, save, sync
+    """Write an autoencoder's weights, under another config, as the folder that `codec=` and diffusers read."""
+    from nanodiffusion.pretrained.publish import save_part  # slow to import
 
-    beside, old = (folder.with_name(f".{kind}-{folder.name}") for kind in ("tmp", "old"))
-    with disk_errors(folder):
-        for left in (beside, old):
-            shutil.rmtree(left, ignore_errors=True)
-        beside.mkdir(parents=True)
-        save(beside / f"{STEMS[0]}.safetensors", net.state_dict())
-        (beside / "config.json").write_text(json.dumps(vae_json(config), indent=2) + "\n")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(beside, folder)
-        sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
+    with torch.device("meta"):
+        codec = AutoencoderKL(config)
+    codec.load_state_dict(net.state_dict(), assign=True)
+    return save_part(codec, folder, over=True)
 
 
 AUTOENCODERS: Mapping[str, Callable[..., Autoencoder]] = {"autoencoder": Autoencoder}

@@ -263,9 +263,7 @@ def save_checkpoint(
     return folder
 
 
-def save_best(
-    root: str | Path, step: int, files: Files, state: dict[str, Any], world: World | None = None
-) -> Path:
+def save_best(root: str | Path, step: int, files: Files, state: dict[str, Any], world: World | None = None) -> Path:
     """Save as save_checkpoint does, into the folder `best`, which is replaced and never pruned."""
     return _save_folder(Path(root), "best", step, files, state, world or World())
 

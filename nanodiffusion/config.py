@@ -98,8 +98,8 @@ class Config(TrainConfig):
 
 # Keys that may differ between a checkpoint and the run that resumes it; how a batch is cut changes rounding, and dropout.
 RESUMABLE = frozenset(
-    "steps name out device accumulate parallel compile time_limit log_every validate_every sample_every checkpoint_every keep patience "
-    "trackers sample overwrite codec text".split()
+    "steps name out device accumulate parallel compile time_limit log_every validate_every sample_every checkpoint_every "
+    "keep patience trackers sample overwrite codec text".split()
 )
 
 

@@ -98,7 +98,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _mean_within(x: Tensor, mask: Tensor) -> Tensor:
+def mean_within(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over the channels and the pixels of mask (b 1 h w), 0 where there are none: x (b c h w) -> (b)."""
     return (x * mask).flatten(1).sum(1) / (mask.flatten(1).sum(1) * x.shape[1]).clamp(min=1)
 
@@ -194,7 +194,7 @@ class Denoiser(nn.Module):
         out = self._net(c_in * (x0 + s * eps), self.clock(sigma), cond or {})
         target = ((1 - c_skip) / c_out) * x0 - (c_skip * s / c_out) * eps
         each = lookup(DISTANCES, distance, "loss")(out, target)
-        per_sample = each.flatten(1).mean(1) if mask is None else _mean_within(each, mask)
+        per_sample = each.flatten(1).mean(1) if mask is None else mean_within(each, mask)
         return per_sample if weight is None else per_sample * weight(sigma, c_out.flatten())
 
 

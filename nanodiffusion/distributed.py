@@ -118,7 +118,7 @@ def world(device: str = "auto") -> Iterator[World]:
         return
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", **_meeting(rank, size))
     try:
         yield World(rank, size, where)
     except BaseException as e:
@@ -127,6 +127,20 @@ def world(device: str = "auto") -> Iterator[World]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _meeting(rank: int, size: int) -> dict[str, Any]:
+    """Where the processes of this start meet: torchrun's own store, but under names of this start.
+
+    Those of one that died are still in it, and lead nowhere. Agents on several machines may count starts differently: there
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, in torchrun's own environment, gives each start a new store.
+    """
+    elastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not elastic or os.environ.get("LOCAL_WORLD_SIZE") != str(size):
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"start-{start}", store), "rank": rank, "world_size": size}
 
 
 # -- starting them from Python -------------------------------------------------------------------------------------------

@@ -141,6 +141,20 @@ class _FusedAttention(TorchFunctionMode):
         return f(*args, **(kwargs or {}))
 
 
+class _Fused(torch.autograd.Function):
+    """Shapes of attention and of its gradients, which need what was given and what came out."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+
+
 def allocated(stage: Stage) -> int:
     """Bytes that a stage allocates at its peak beyond its weights."""
     ghost, ledger = on_meta(stage.module), _Ledger()
@@ -149,6 +163,27 @@ def allocated(stage: Stage) -> int:
     with torch.no_grad(), torch.device("meta"), _FusedAttention(), ledger:
         stage.call(ghost)
     return ledger.peak
+
+
+def training_peak(model: nn.Module, loss: Callable[[Any], Tensor], half: bool = False, averages: int = 0) -> int:
+    """Bytes at the worst moment of an update: weights, Adam's two moments, averages, gradients and activations.
+
+    loss: the loss of a batch by a copy of the model, on meta tensors. half: products in half precision by autocast, which
+    keeps a copy of float32 weights in it; the copy given to `loss` is then in half precision throughout.
+    """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    wide = sum(p.numel() for p in model.parameters() if p.dtype == torch.float32)
+    kept = sum(t.nbytes for t in tensors_of(model)) + 4 * trained * (2 + averages)
+    ghost, ledger = on_meta(model), _Ledger()
+    ghost = ghost.bfloat16() if half else ghost
+    for layer in ghost.modules():
+        if hasattr(layer, "attend"):  # a mode would not be there when activations are computed again
+            layer.attend = lambda q, k, v, **_: _Fused.apply(q, k, v)  # type: ignore[assignment]
+    for tensor in tensors_of(ghost):
+        ledger.hold(tensor)
+    with torch.device("meta"), ledger:
+        loss(ghost).backward()
+    return kept + ledger.peak + (2 * trained + 2 * wide if half else 0)  # gradients are float32 all the same
 
 
 def on_meta(module: nn.Module) -> nn.Module:

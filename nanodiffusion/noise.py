@@ -70,6 +70,21 @@ def ldm(n: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> 
     return from_betas(torch.linspace(beta_start**0.5, beta_end**0.5, n, dtype=torch.float64) ** 2)
 
 
+def zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """The schedule shifted and stretched in sqrt(abar) so that it ends in noise alone (Lin et al. 2024, algorithm 1).
+
+    Its last level would be infinite, and is `SIGMA_CAP`.
+    """
+    a = (1 + schedule.sigmas**2).rsqrt()
+    a = (a - a[-1]) * a[0] / (a[0] - a[-1])
+    return Schedule(_capped((1 - a**2).sqrt() / a))
+
+
+def ldm_zero_snr(n: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Schedule:
+    """`ldm` that ends in noise alone; a net that predicts eps learns nothing there, one that predicts v does."""
+    return zero_terminal_snr(ldm(n, beta_start, beta_end))
+
+
 def sigmoid_beta(n: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """beta = sigmoid(-6..6) scaled to [beta_start, beta_end] (Xu et al. 2022, GeoDiff)."""
     s = torch.sigmoid(torch.linspace(-6, 6, n, dtype=torch.float64))
@@ -159,6 +174,7 @@ def user_sigmas(sigmas: Sequence[float] | Tensor) -> Schedule:
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "ddpm": ddpm,
     "ldm": ldm,
+    "ldm_zero_snr": ldm_zero_snr,
     "sigmoid_beta": sigmoid_beta,
     "cosine_beta": cosine_beta,
     "log_linear": log_linear,
@@ -267,6 +283,7 @@ def lcm(schedule: Schedule, steps: int, original: int = 50, of: str = "trailing"
     of: its name in `LADDERS`. 4 of 50 of a schedule of 1,000: timesteps 999, 759, 499, 259. Where more steps are asked for
     than it has levels, it is as long as they.
     """
+    _check_steps(steps)
     levels = lookup(LADDERS, of, "ladder.of")(schedule, max(original, steps))[:-1]
     return _ladder(levels[torch.arange(steps) * len(levels) // steps])
 

@@ -31,7 +31,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if sharded(tensor) else tensor  # type: ignore[operator]
 
 
-def part(whole: Tensor, like: Tensor) -> Tensor:
+def part(whole: Tensor, like: Any) -> Tensor:
     """Of a whole tensor what this process holds of `like`."""
     if not sharded(like):
         return whole
@@ -96,7 +96,8 @@ def _cut(value: Tensor, parameter: Tensor) -> Tensor:
 
 def repeated(net: nn.Module) -> list[nn.Module]:
     """The blocks that a net is made of: those of U-Nets, else the outermost modules of a kind of its own that it has twice."""
-    if known := [module for module in net.modules() if isinstance(module, BLOCKS)]:
+    known: list[nn.Module] = [module for module in net.modules() if isinstance(module, BLOCKS)]
+    if known:
         return known
     kinds = Counter(type(module) for module in net.modules() if not type(module).__module__.startswith("torch."))
     return _outermost(net, {kind for kind, n in kinds.items() if n > 1})
@@ -120,7 +121,9 @@ def shard(model: nn.Module, world: World) -> None:
 
     net: Any = model.net
     _check(model, net)
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views changed in place, which no net here does
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module"
+    )  # of views changed in place, which no net here does
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in [*repeated(net), net]:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
@@ -143,4 +146,6 @@ def _check(model: nn.Module, net: nn.Module) -> None:
         what = "what is trained lies among what is not, so that there is nothing to shard"
         raise UserError(what, key="parallel", found=beside[0], fix="parallel=ddp: it is little")
     if scalars := [name for name, p in net.named_parameters() if p.ndim == 0]:
-        raise UserError("a parameter that is one number cannot be cut", key="parallel", found=scalars[0], fix="parallel=ddp")
+        raise UserError(
+            "a parameter that is one number cannot be cut", key="parallel", found=scalars[0], fix="parallel=ddp"
+        )

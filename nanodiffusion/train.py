@@ -103,7 +103,7 @@ def adamw_8bit(
     """
     optim = need("bitsandbytes", "bnb").optim
     return optim.AdamW8bit(
-        params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, min_8bit_size=min_8bit_size
+        params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, min_8bit_size=min_8bit_size
     )
 
 
@@ -280,7 +280,10 @@ class Trainer:
         if self.world.size == 1 or self.sharded:
             return objective
         ids = [self.world.device] if self.world.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False)
+        ddp = nn.parallel.DistributedDataParallel
+        keys = "forward_sync_buffers", "broadcast_buffers"  # since torch 2.13, before it
+        key = next(key for key in keys if key in inspect.signature(ddp).parameters)
+        return ddp(objective, device_ids=ids, **{key: False})
 
     def __iter__(self) -> Iterator[Step]:
         while self.step < self.config.steps:

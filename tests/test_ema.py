@@ -140,6 +140,28 @@ def test_update_follows_a_module_that_moves_its_storage():
     assert_close(ema.tensors, net.state_dict())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_average_in_the_machines_memory_is_the_same(dtype):
+    net = Point(5, dtype).cuda()
+    here, there = (EMA(net, PROFILES["constant"](decay=0.5), device) for device in ("cpu", ""))
+    for step in range(1, 4):
+        net.move(np.linspace(0, step, 5))
+        for ema in (here, there):
+            ema.update(step)
+    assert {t.device.type for t in here.tensors.values()} == {"cpu"}
+    assert_close(here.tensors, {name: t.cpu() for name, t in there.tensors.items()})
+    with here.swap(net):
+        assert_close(net.weight.detach().cpu(), here.tensors["weight"].to(dtype))
+
+
+def test_where_an_average_is_kept_can_be_said():
+    ema = EMA(Point(5, torch.bfloat16), PROFILES["constant"](decay=0.5), "cpu")
+    ema.module.move(np.ones(5))
+    ema.update(1)
+    assert_close(ema.tensors["weight"], torch.full((5,), 0.5))
+
+
 def interrupted(ema: EMA, net: Point) -> None:
     with ema.swap(net):
         net.weight.data.add_(1)

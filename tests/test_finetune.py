@@ -1,6 +1,10 @@
 """Training on checkpoints: one step's gradients are those of diffusers' modules, and only what is named changes."""
 
+import json
+import math
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,16 +15,15 @@ from torch import Tensor
 from nanodiffusion.config import make, read_config
 from nanodiffusion.errors import UserError
 from nanodiffusion.finetune import FINETUNES
-from nanodiffusion.finetune.base import NO_TEXT, Prepared, Tuned, posterior_noise
-from nanodiffusion.lora import read_lora
+from nanodiffusion.finetune.base import NO_TEXT, Prepared, posterior_noise
 from nanodiffusion.objective import make_density
-from nanodiffusion.text.inversion import load_inversion
+from nanodiffusion.pretrained import load_pretrained
 from nanodiffusion.train import Trainer
 from tests import sd_files
 from tests.reference import in_float64
 
 FAMILIES = ("sd1", "sdxl")
-TASKS = ("text_to_image", "inpaint", "inpaint_by_tokens", "controlnet", "adapter", "lora", "textual_inversion")
+TASKS = ("text_to_image", "inpaint", "inpaint_by_tokens", "controlnet", "adapter", "lora", "lcm", "textual_inversion")
 SAMPLE = {"guidance": 3.0, "steps": 2, "n": 4, "sampler": {"name": "euler"}}
 LDM = {
     "prediction": "eps",
@@ -302,8 +305,8 @@ def test_only_the_new_rows_of_the_table_are_trained():
     model: Any = trainer.denoiser
     table = model.encoders[0].text_model.embeddings.token_embedding
     frozen, rows = table.frozen.clone(), table.rows.detach().clone()
-    start = model.text.parts[0].tokenizer.encode("a")
-    torch.testing.assert_close(rows, frozen[torch.tensor([start[i % len(start)] for i in range(3)])], rtol=0, atol=0)
+    _, word, _ = model.text.parts[0].tokenizer.encode("a")
+    torch.testing.assert_close(rows, frozen[word].expand(3, -1), rtol=0, atol=0)
     for _ in trainer:
         pass
     assert torch.equal(table.frozen, frozen) and not (table.rows == rows).all(1).any()
@@ -314,7 +317,6 @@ def test_only_the_new_rows_of_the_table_are_trained():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_caption_means_in_training_what_it_means_in_sampling(family):
-    from nanodiffusion.pretrained import load_pretrained
     from nanodiffusion.tasks.conditions import conditioning
     from nanodiffusion.tasks.request import GenerateConfig, Inputs, complete
 
@@ -370,12 +372,71 @@ def test_ids_of_no_text_are_marked_only_where_zeros_stand_for_it():
     ],
 )
 def test_what_cannot_be_trained_is_one_message(task, more, said):
-    with pytest.raises(UserError, match=said):
+    def build() -> None:
         config = config_of(task, **{"task_base": str(sd_files.tree("sd1")), **more})
         make(FINETUNES, config.task, "task")().model(config)
+
+    with pytest.raises(UserError, match=said):
+        build()
 
 
 def test_pictures_that_the_codec_cannot_halve_are_refused():
     model: Any = trainer_of("text_to_image").denoiser
-    with pytest.raises(UserError, match="data.size"):
+    with pytest.raises(UserError, match=r"data\.size"):
         Prepared(Pixels(shape=(3, 60, 64)), model)
+
+
+# ---- checkpoints that are not of the usual size
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose codec halves twice, and whose latents are 8 wide."""
+    folder = tmp_path_factory.mktemp("shallow") / "base"
+    shutil.copytree(sd_files.tree("sd1"), folder)
+    shutil.rmtree(folder / "vae")
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    sd_files.vae("sd1", block_out_channels=(32, 32, 64), **kinds).save_pretrained(folder / "vae")  # type: ignore[operator]
+    return folder
+
+
+@pytest.mark.parametrize(("task", "more"), [("controlnet", {}), ("adapter", {}), ("adapter", {"task_kind": "light"})])
+def test_what_reads_a_control_fits_a_codec_that_halves_less_often(task, more, shallow):
+    trainer = trainer_of(task, task_base=str(shallow), **more)
+    losses = [float(step.loss) for step in trainer]
+    assert trainer.data.shape == (4, 16, 16) and len(losses) == 3 and all(map(math.isfinite, losses))
+
+
+def test_the_size_of_latents_says_the_size_of_pictures_by_the_codec_s_factor(shallow, tmp_path):
+    assert load_pretrained(shallow, device="cpu").family.size == 32  # 8 latent pixels of 4
+    assert load_pretrained(sd_files.tree("sd1"), device="cpu").family.size == 64
+
+
+@pytest.mark.parametrize("task", ["text_to_image", "inpaint", "inpaint_by_tokens"])
+def test_a_trained_unet_keeps_the_natural_size_of_its_base(task, shallow, tmp_path):
+    for name, base in (("deep", sd_files.tree("sd1")), ("shallow", shallow)):
+        config = config_of(task, task_base=str(base))
+        row = make(FINETUNES, config.task, "task")()
+        row.publish(row.model(config), None, 0, tmp_path / name)
+        assert json.loads((tmp_path / name / "unet/config.json").read_text())["sample_size"] == 8
+
+
+def test_a_new_word_begins_as_a_word_of_one_token():
+    model: Any = trainer_of("textual_inversion", task_start="cat").denoiser
+    part = model.text.parts[0]
+    table = part.net.text_model.embeddings.token_embedding
+    _, word, _ = part.tokenizer.encode("cat")
+    torch.testing.assert_close(table.rows.detach(), table.frozen[[word]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_teacher_of_few_steps_is_led_away_from_no_text(family):
+    trainer = trainer_of("lcm", family, cond_dropout=0.0)
+    model: Any = trainer.denoiser
+    (draw,) = trainer.draw()
+    _, cond = trainer.data.batch(draw.index, draw.u)
+    told = model.condition(cond)
+    nothing, led = model.condition(model.unconditional(cond)), model.distilled.teacher.unconditional(told)
+    assert nothing.keys() == led.keys() and "context" in led
+    for name, value in nothing.items():
+        torch.testing.assert_close(led[name], value, rtol=1e-5, atol=1e-6)

@@ -30,7 +30,7 @@ from nanodiffusion.errors import UserError  # noqa: E402
 from nanodiffusion.nets.adapter import ADAPTER_SDXL, AdapterConfig  # noqa: E402
 from nanodiffusion.nets.controlnet import ControlNetConfig  # noqa: E402
 from nanodiffusion.nets.sd_unet import SD15, SD21, SDXL  # noqa: E402
-from nanodiffusion.noise import SIGMA_CAP, ldm  # noqa: E402
+from nanodiffusion.noise import SIGMA_CAP, ldm, zero_terminal_snr  # noqa: E402
 from nanodiffusion.pretrained import (  # noqa: E402
     Bundle,
     load_adapter,
@@ -47,7 +47,7 @@ from nanodiffusion.pretrained.hub import Place, cached, locate, needed, split_na
 from nanodiffusion.pretrained.layouts import join  # noqa: E402
 from nanodiffusion.pretrained.publish import save_diffusers, save_single  # noqa: E402
 from nanodiffusion.pretrained.recognise import published  # noqa: E402
-from nanodiffusion.pretrained.scheduler_config import read_scheduler, zero_terminal_snr  # noqa: E402
+from nanodiffusion.pretrained.scheduler_config import read_scheduler  # noqa: E402
 from nanodiffusion.pretrained.weights import save  # noqa: E402
 from nanodiffusion.text import CLIP_BIGG, CLIP_H, CLIP_L, CLIPText, TextConfig  # noqa: E402
 from nanodiffusion.text.inversion import add  # noqa: E402

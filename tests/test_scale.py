@@ -3,7 +3,11 @@
 import errno
 import json
 import os
+import random
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from test_distributed import cases, follow, largest
-from tiny import AVERAGES, IMAGES, POINTS, differences, images, make_runner, rows, saved
+from tiny import AVERAGES, IMAGES, POINTS, dies_at_sync, differences, images, make_runner, rows, saved
 from torch import nn
 from torch.testing import assert_close
 
@@ -292,3 +296,67 @@ def test_blocks_are_what_a_net_repeats(name, kind, n):
     assert [type(block).__name__ for block in found] == [kind] * n
     inside = sum(p.numel() for block in found for p in block.parameters())
     assert inside > 0.8 * sum(p.numel() for p in net.parameters())
+
+
+# -- lost processes --------------------------------------------------------------------------------------------------
+
+KILLS = 8  # of a run
+
+
+def long(out: Path, kind: str) -> dict[str, Any]:
+    """A run with a checkpoint every other step, so that kills also hit what is not saved yet."""
+    return {**short(out, POINTED), "parallel": kind, "steps": 5 * KILLS, "checkpoint_every": 2}
+
+
+def killed_at_random(here: World, runner: Any) -> None:
+    """Arrange that one process of each start kills itself: inside a save, in mid-accumulation, or between two steps."""
+    start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    dice = random.Random(start)
+    victim, moment = dice.randrange(2), dice.randint(1, 16)
+    if start >= KILLS or here.rank != victim and (start % 2 or runner.trainer.sharded):
+        return
+    if start % 2 == 0:  # of replicated nets only the first process saves
+        return dies_at_sync(moment) if here.first or runner.trainer.sharded else None
+    losses, calls = runner.trainer.losses, iter(range(1, 1000))
+
+    def counted(draw: Any) -> Any:
+        found = losses(draw)
+        if next(calls) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    runner.trainer.losses = counted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_run_whose_processes_are_killed_ends_bit_by_bit_as_undisturbed(tmp_path, kind):
+    """As torchrun starts them again: the one that is left ends by itself, and both go on from the newest checkpoint."""
+    launch(follow_alone, (str(tmp_path), kind), 2)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={KILLS + 3}"]
+    command = [sys.executable, *torchrun, __file__, str(tmp_path), kind]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert differences(tmp_path / "whole/run", tmp_path / "killed/run") == []
+    found = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert len(found) > KILLS - 3  # torchrun itself may fail to bring them together
+    print(json.dumps(found))
+
+
+def follow_alone(folder: str, kind: str) -> None:
+    with world("cpu") as here:
+        make_runner(Path(folder) / "whole", long(Path(folder), kind), world=here).run()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    place, how = Path(sys.argv[1]), sys.argv[2]
+    with world("cpu") as both:
+        one_of_two = make_runner(place / "killed", long(place, how), world=both)
+        if both.first:
+            row = {"start": int(os.environ["TORCHELASTIC_RESTART_COUNT"]), "step": one_of_two.trainer.step}
+            with (place / "starts.jsonl").open("a") as file:
+                file.write(json.dumps({**row, "at": time.time()}) + "\n")
+        killed_at_random(both, one_of_two)
+        one_of_two.run()

@@ -3,9 +3,11 @@
 import copy
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from itertools import islice
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,6 +144,30 @@ def test_any_optimiser_by_name_is_torchs_own(name):
     assert not torch.equal(weight, Line().weight)
 
 
+def test_8_bit_averages_are_those_of_bitsandbytes(monkeypatch):
+    """By a stand-in for the package, which gets what it would."""
+    given = {}
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, params: Any, min_8bit_size: int = 0, **options: Any) -> None:
+            given.update(options, min_8bit_size=min_8bit_size)
+            super().__init__(params, **options)
+
+    package: Any = ModuleType("bitsandbytes")
+    package.optim = SimpleNamespace(AdamW8bit=AdamW8bit)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    trainer = make_trainer(optimizer={"name": "AdamW8bit", "betas": [0.8, 0.9]})
+    assert given == {"lr": 1e-2, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 1e-2, "min_8bit_size": 4096}
+    plain = make_trainer(optimizer={"name": "AdamW", "betas": [0.8, 0.9]})
+    assert_close([s.loss for s in trainer], [s.loss for s in plain])
+
+
+def test_without_bitsandbytes_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"nanodiffusion\[bnb\]"):
+        make_trainer(optimizer={"name": "AdamW8bit"})
+
+
 def test_options_of_an_optimiser_reach_it():
     trainer = make_trainer(optimizer={"name": "AdamW", "betas": [0.5, 0.6], "weight_decay": 0.3, "fused": False})
     group = trainer.optimizer.param_groups[0]
@@ -168,6 +194,9 @@ def test_options_of_an_optimiser_reach_it():
         ("lr_schedule", {"name": "SequentialLR"}),
         ("weight", {"name": "min_snr", "gama": 5.0}),
         ("ema", [{"name": "constant", "decay": 2.0}]),
+        ("ema", [{"name": "constant", "device": "cuda"}]),
+        ("parallel", "dpp"),
+        ("compile", "block"),
     ],
 )
 def test_wrong_parts_are_refused_before_training(key, spec):
@@ -251,6 +280,21 @@ def test_a_restored_state_continues_bit_by_bit(optimizer, schedule):
     assert_identical(frozen(second), frozen(whole))
 
 
+def test_a_restored_scale_of_fp16_continues_bit_by_bit():
+    """After an overflow, with good steps counted since."""
+    data = lambda: Spoilt(swiss_roll(50), lambda k: k == 1, math.inf)
+    config = TrainConfig(steps=8, batch_size=16, lr=1e-2)
+    make = lambda data: Trainer(Denoiser(Line(), precision=torch.float16), data, DENSITY, config)
+    whole, first, second = make(data()), make(data()), make(swiss_roll(50))
+    expected = [step.loss.item() for step in whole]
+    list(islice(first, 4))
+    big, small = first.state()
+    second.load_state(big, json.loads(json.dumps(small)))
+    assert second.scaler.state_dict()["_growth_tracker"] == 2 and second.scaler.get_scale() == 2**15
+    assert [step.loss.item() for step in second] == expected[4:]
+    assert second.scaler.state_dict() == whole.scaler.state_dict()
+
+
 # -- draws -----------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +328,74 @@ def test_an_epoch_visits_every_sample_once():
         seen += trainer.draw()[0].index.tolist()
     assert sorted(seen[:48]) == sorted(seen[48:]) == list(range(48))
     assert seen[:48] != seen[48:]
+
+
+@pytest.mark.parametrize("strength", [0.1, 1.0])
+def test_offset_noise_is_one_number_for_all_pixels_of_a_channel(strength):
+    """Beside which all that is drawn stays as it is without."""
+    pixels = TensorData(torch.zeros(50, 3, 8, 8))
+    (plain,) = make_trainer(data=pixels, batch_size=400).draw()
+    (draw,) = make_trainer(data=pixels, batch_size=400, offset_noise=strength).draw()
+    for name in ("index", "sigma", "u", "keep"):
+        assert torch.equal(getattr(draw, name), getattr(plain, name))
+    offset = draw.eps - plain.eps
+    assert_close(offset, offset[:, :, :1, :1].expand_as(offset), rtol=0, atol=1e-5)
+    numbers = offset[:, :, 0, 0].flatten() / strength  # 1,200 of them
+    assert abs(numbers.mean()) < 4 / 1200**0.5 and abs(numbers.std() - 1) < 4 / 2400**0.5
+    assert abs(torch.corrcoef(torch.stack([numbers, plain.eps.mean((2, 3)).flatten()]))[0, 1]) < 4 / 1200**0.5
+
+
+class Varied:
+    """Images of 4 x 8 or 8 x 4 pixels, a batch of one of them, which are begun before they are asked for."""
+
+    shape, draws, classes = (1, 8, 8), 2, ()
+
+    def __init__(self) -> None:
+        self.begun: list[Tensor] = []
+        self.waiting: list[int] = []
+        self.asked: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return 40
+
+    def to(self, device: torch.device) -> "Varied":
+        return self
+
+    def order(self, batch: int, seed: int, step: int) -> Tensor:
+        return torch.arange(batch) + 20 * (step % 2)
+
+    def shape_of(self, index: Tensor) -> tuple[int, ...]:
+        return (1, 4, 8) if index[0] < 20 else (1, 8, 4)
+
+    def prefetch(self, index: Tensor, u: Tensor) -> None:
+        self.begun.append(torch.cat([index[:, None], u], 1))
+
+    def batch(self, index: Tensor, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        self.waiting.append(len(self.begun) - len(self.asked))
+        self.asked.append(torch.cat([index[:, None], u], 1))
+        return index.float()[:, None, None, None].expand(-1, *self.shape_of(index)) / 40, {}
+
+
+class Scale(nn.Module):
+    """F = w x, of any shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.5]))
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.shapes.append(tuple(x.shape[1:]))
+        return self.weight * x
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_data_chooses_its_order_and_shape_and_hears_of_the_next_micro_batch(accumulate):
+    data, net = Varied(), Scale()
+    list(make_trainer(net, data, batch_size=8, steps=6, accumulate=accumulate))
+    assert net.shapes == [shape for k in range(6) for shape in [((1, 4, 8), (1, 8, 4))[k % 2]] * accumulate]
+    assert_close(torch.stack(data.begun), torch.stack(data.asked[1:]), rtol=0, atol=0)  # each once, none after the last
+    assert max(data.waiting) <= 2  # this one and the next: no more is kept
 
 
 def test_seeds_mix_without_collisions():
@@ -423,6 +535,17 @@ def test_compiled_losses_equal_eager_ones():
     for a, b in zip(eager, fast):
         assert_close(a.losses, b.losses, rtol=1e-5, atol=1e-6)
     assert_close(weights(eager), weights(fast), rtol=1e-4, atol=1e-5)
+
+
+def test_compile_blocks_compiles_what_is_repeated(monkeypatch):
+    seen = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *a, **k: seen.append(type(self).__name__))
+    image = TensorData(torch.zeros(20, 3, 8, 8))
+    for name, expected in (("dit", ["DiTBlock"] * 2), ("unet", ["Block"] * 12)):
+        options = {"depth": 2, "patch": 4} if name == "dit" else {"multipliers": [1, 2], "blocks": 2}
+        seen.clear()
+        make_trainer(build_net(name, in_size=(8, 8), channels_in=3, **options), image, compile="blocks")
+        assert [kind for kind in seen if "sample" not in kind] == expected
 
 
 def test_compile_compiles_the_loss(monkeypatch):

@@ -16,7 +16,8 @@ from nanodiffusion.errors import UserError
 
 TRAIN = """\
 RECIPE is a name (swissroll, digits, fashion-mnist, fashion-mnist-dit, cifar10, debug, full), a file of your own
-(my.yaml), or, with --config-dir, a name there. `full` sets every key there is and says what it means.
+(my.yaml), or, with --config-dir, a name there. `full` sets every key there is and says what it means. On checkpoints of
+Stable Diffusion train sd- or sdxl- text-to-image, inpaint, controlnet, adapter and lora (sd-lora), and textual-inversion.
 Keys follow Hydra's grammar, and every key can be set, whether the recipe mentions it or not:
 
   nanodiffusion train digits lr=2e-4 net.channels=64 sample.sampler=heun

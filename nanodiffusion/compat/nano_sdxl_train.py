@@ -5,6 +5,10 @@
 
 Keys of ours may follow, which count more (steps=10 data.flip=true); --dry-run prints the translation. The run lies in
 output_dir, and the same command goes on with it.
+
+Where that system has a defect, this follows the core: a dropped caption is the zeros that guidance uses, sizes are height and
+width for every kind, the value of `controlnet` counts, adapters are trained too, the loss is that of all processes, and a run
+that is stopped goes on with its data, optimiser, averages and scaler where it was.
 """
 
 import argparse

@@ -4,6 +4,7 @@ from nanodiffusion.finetune.base import Finetune, Prepared, Tuned
 from nanodiffusion.finetune.control import Adapters, ControlNets
 from nanodiffusion.finetune.distill import Distill
 from nanodiffusion.finetune.inversion import TextualInversion
+from nanodiffusion.finetune.lcm import LCM
 from nanodiffusion.finetune.lora import LoRA
 from nanodiffusion.finetune.unet import Inpaint, InpaintByTokens, TextToImage
 from nanodiffusion.task import Task
@@ -17,6 +18,7 @@ FINETUNES: dict[str, type[Task]] = {
     "controlnet": ControlNets,
     "adapter": Adapters,
     "lora": LoRA,
+    "lcm": LCM,
     "distill": Distill,
     "textual_inversion": TextualInversion,
 }

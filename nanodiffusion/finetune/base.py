@@ -46,6 +46,8 @@ class Tuned(nn.Module):
         super().__init__()
         self.net, self.text, self.codec = net, bundle.text, bundle.codec.eval()
         self.sizes, self.zero_uncond = bundle.family.sizes, bundle.family.zero_uncond
+        latent = bundle.family.size // bundle.codec.factor
+        self.natural = 8 * latent  # the side of a picture, as a U-Net's folder counts it
         self.precision = PRECISIONS[config.precision]
         whole = bundle.denoiser.net if whole is None else whole
         self.denoiser = Denoiser(whole, config.prediction, config.clock, make_schedule(config), self.precision)

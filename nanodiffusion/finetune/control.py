@@ -1,6 +1,6 @@
 """What reads a control image beside a frozen U-Net: a ControlNet, or a T2I-Adapter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from nanodiffusion.config import Config
 from nanodiffusion.denoiser import Cond
 from nanodiffusion.finetune.base import Finetune, Tuned
 from nanodiffusion.nets.adapter import Adapter, AdapterConfig
-from nanodiffusion.nets.controlnet import Controlled, ControlNet, control_strengths
+from nanodiffusion.nets.controlnet import Controlled, ControlNet, ControlNetConfig, control_strengths
 from nanodiffusion.pretrained.load import Bundle
 from nanodiffusion.pretrained.publish import save_part
 
@@ -44,7 +44,11 @@ class ControlNets(Finetune):
 
         unet: Any = bundle.denoiser.net
         torch.manual_seed(config.seed)  # of the stem
-        net = load_controlnet(self.start, "fp32", "cpu") if self.start else ControlNet.from_unet(unet).float()
+        net = (
+            load_controlnet(self.start, "fp32", "cpu")
+            if self.start
+            else ControlNet.from_unet(unet, control_for(unet, bundle.codec.factor)).float()
+        )
         net.checkpointing = self.checkpointing
         return WithControl(bundle, config, net, Controlled(unet, [net]))
 
@@ -82,7 +86,7 @@ class Adapters(Finetune):
         net = (
             load_adapter(self.start, "fp32", "cpu")
             if self.start
-            else Adapter(adapter_for(bundle.denoiser.net, self.kind))
+            else Adapter(adapter_for(bundle.denoiser.net, self.kind, bundle.codec.factor))
         )
         return WithAdapter(bundle, config, net)
 
@@ -91,10 +95,21 @@ class Adapters(Finetune):
         save_part(model.net, folder / "adapter", over=True)
 
 
-def adapter_for(unet: Any, kind: str = "full") -> AdapterConfig:
-    """The adapter that fits a U-Net, as those published do: SDXL's has a map more than the U-Net has levels."""
+def control_for(unet: Any, factor: int = 8) -> ControlNetConfig:
+    """The ControlNet that fits a U-Net whose codec halves pictures to one `factor`-th: its stem does as often."""
+    first, halvings = ControlNetConfig.hint_widths, factor.bit_length() - 1
+    widths = (*first, *first[-1:] * halvings)[: halvings + 1]
+    c = replace(unet.config, channels_in=unet.config.channels_out, pass_through=0, pass_residual=False)
+    return ControlNetConfig(c, hint_widths=widths)
+
+
+def adapter_for(unet: Any, kind: str = "full", factor: int = 8) -> AdapterConfig:
+    """The adapter that fits a U-Net, as those published do: SDXL's has a map more than the U-Net has levels.
+
+    factor: how many times smaller than pictures the latents are.
+    """
     widths = tuple(unet.config.widths)
     if kind == "full" and unet.config.added_dim:
-        return AdapterConfig("full_xl", widths=(*widths, widths[-1]), downscale=16)
+        return AdapterConfig("full_xl", widths=(*widths, widths[-1]), downscale=2 * factor)
     light = kind == "light"
-    return AdapterConfig(kind, widths=widths[:-1] if light else widths, blocks=4 if light else 2)
+    return AdapterConfig(kind, widths=widths[:-1] if light else widths, blocks=4 if light else 2, downscale=factor)

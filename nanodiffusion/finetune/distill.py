@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from nanodiffusion.checkpoint import load_weights
 from nanodiffusion.config import Config, read_config
-from nanodiffusion.denoiser import DISTANCES, Cond, Denoiser, _mean_within, expand
+from nanodiffusion.denoiser import DISTANCES, Cond, Denoiser, expand, mean_within
 from nanodiffusion.ema import EMA, constant
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.noise import LADDERS
@@ -104,7 +104,7 @@ class Distilled(nn.Module):
             target = self.target(self.stepped(x, s, s_next, cond, eps), s_next, cond)
         out = self.denoiser(x, s, cond)
         each = pseudo_huber(out, target, self.huber) if self.huber else lookup(DISTANCES, distance, "loss")(out, target)
-        per_sample = each.flatten(1).mean(1) if mask is None else _mean_within(each, mask)
+        per_sample = each.flatten(1).mean(1) if mask is None else mean_within(each, mask)
         return per_sample if weight is None else per_sample * weight(s, torch.ones_like(s))
 
     def stepped(self, x: Tensor, s: Tensor, s_next: Tensor, cond: Cond, eps: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class Distill(Denoise):
         if self.w_max != 1 and not teacher.takes:
             fix = "task.w_min=1 task.w_max=1"
             raise UserError("the base has no conditions to be guided by", file=self.base, key="task.w_max", fix=fix)
-        student = _twin(teacher) if self.rank else copy.deepcopy(teacher)
+        student = twin(teacher) if self.rank else copy.deepcopy(teacher)
         net = self._factors(student.net, config.seed) if self.rank else student.net
         ladder = LADDERS[self.ladder](make_schedule(config), self.levels)
         guidance = (float(self.w_min), float(self.w_max))
@@ -275,7 +275,7 @@ class Distill(Denoise):
         return factors
 
 
-def _twin(denoiser: Denoiser) -> Denoiser:
+def twin(denoiser: Denoiser) -> Denoiser:
     """Other modules with the very same parameters."""
     return copy.deepcopy(denoiser, {id(p): p for p in denoiser.parameters()})
 

@@ -111,7 +111,7 @@ class TextualInversion(Finetune):
         if not self.start:
             noise = torch.randn(self.vectors, table.shape[1], generator=draw)
             return table.mean(0) + table.std(0) * noise
-        ids = part.tokenizer.encode(self.start)
+        ids = [i for group in part.tokenizer.groups(self.start) for i in group]
         if not 1 <= len(ids) <= self.vectors:
             fix = f"task.vectors={len(ids)}, or another word" if ids else "a word"
             raise UserError(

@@ -31,7 +31,7 @@ class TextToImage(Finetune):
 
     def publish(self, model: Tuned, data: Any, seed: int, folder: Path) -> None:
         """Write `unet/`."""
-        save_part(model.net, folder / "unet", over=True)
+        save_part(model.net, folder / "unet", over=True, size=model.natural)
 
 
 class Inpainting(Tuned):
@@ -54,7 +54,7 @@ class Inpaint(Finetune):
 
     def publish(self, model: Tuned, data: Any, seed: int, folder: Path) -> None:
         """Write `unet/`."""
-        save_part(model.net, folder / "unet", over=True)
+        save_part(model.net, folder / "unet", over=True, size=model.natural)
 
 
 def widened(net: SDUNet, channels: int) -> SDUNet:
@@ -103,4 +103,4 @@ class InpaintByTokens(Finetune):
         """Write `unet/` and `tokens.safetensors`."""
         net: Any = model.net
         save_tensors(folder / "tokens.safetensors", net.tokens.state_dict(), {})
-        save_part(net.unet, folder / "unet", over=True)
+        save_part(net.unet, folder / "unet", over=True, size=model.natural)

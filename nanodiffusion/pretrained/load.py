@@ -26,12 +26,12 @@ from nanodiffusion.memory import PLANS, Plan, at_work
 from nanodiffusion.nets.adapter import Adapter
 from nanodiffusion.nets.controlnet import ControlNet
 from nanodiffusion.nets.sd_unet import SDUNet, SDUNetConfig
-from nanodiffusion.noise import Schedule, ldm
+from nanodiffusion.noise import Schedule, ldm, zero_terminal_snr
 from nanodiffusion.pretrained import architecture as arch
 from nanodiffusion.pretrained.hub import Place, cached, locate, needed
 from nanodiffusion.pretrained.layouts import Piece, rename
 from nanodiffusion.pretrained.recognise import detect
-from nanodiffusion.pretrained.scheduler_config import PREDICTIONS, read_scheduler, zero_terminal_snr
+from nanodiffusion.pretrained.scheduler_config import PREDICTIONS, read_scheduler
 from nanodiffusion.pretrained.weights import DTYPES, STEMS, Source, has_plain, load, read_json, source_of, variants
 from nanodiffusion.text import CLIP_BIGG, CLIP_H, CLIP_L, CLIPText, CLIPTokenizer, TextConfig
 from nanodiffusion.text.prompts import TextEncoder, TextPart
@@ -437,10 +437,11 @@ def _from_folder(place: Place, options: Options, variant: str | None, prediction
     scheduler = folder / "scheduler" / "scheduler_config.json"
     raw = read_json(scheduler)
     schedule, said = read_scheduler(raw, scheduler)
+    vae = _in_folder(folder, "vae", KINDS["vae"].words, "vae", variant)
     parts = Parts(
-        _as_told(family, index, unet),
+        _as_told(family, index, unet, 2 ** (len(_config(vae, family.scale).widths) - 1)),
         unet,
-        _in_folder(folder, "vae", KINDS["vae"].words, "vae", variant),
+        vae,
         [_in_folder(folder, "text", "CLIP text encoder", name, variant) for name, _ in names],
         [CLIPTokenizer.from_folder(folder / name) for _, name in names],
         schedule,
@@ -478,12 +479,17 @@ def _check_variant(folder: Path, variant: str | None) -> None:
         raise UserError("no such variant of the weights", file=folder, key="variant", expected=found, found=variant)
 
 
-def _as_told(family: Family, index: Mapping[str, Any], unet: Part) -> Family:
-    """The family with what this checkpoint says of itself: its natural size, and how it was trained without a prompt."""
+def _as_told(family: Family, index: Mapping[str, Any], unet: Part, factor: int) -> Family:
+    """The family with what this checkpoint says of itself: its natural size, and how it was trained without a prompt.
+
+    factor: pixels of a picture per pixel of its latent, along each side.
+    """
     raw = read_json(unet.config) if unet.config else {}
     side = raw.get("sample_size")
     zero = index.get("force_zeros_for_empty_prompt", family.zero_uncond) is True
-    return replace(family, size=8 * side if type(side) is int and 0 < side < 1024 else family.size, zero_uncond=zero)
+    return replace(
+        family, size=factor * side if type(side) is int and 0 < side < 1024 else family.size, zero_uncond=zero
+    )
 
 
 def _from_file(place: Place, options: Options, prediction: str | None, tokenizer: Path | None) -> Bundle:

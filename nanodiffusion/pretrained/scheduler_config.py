@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nanodiffusion.errors import UserError
-from nanodiffusion.noise import SCHEDULES, SIGMA_CAP, Schedule, from_betas, ldm
+from nanodiffusion.noise import SCHEDULES, Schedule, from_betas, ldm, zero_terminal_snr
 from nanodiffusion.pretrained.architecture import Fields
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -41,18 +41,6 @@ def _trained(betas: Any, file: Path) -> Schedule:
     if not good:
         raise UserError("not a list of betas", file=file, key="trained_betas", expected="numbers between 0 and 1")
     return from_betas(torch.tensor(betas, dtype=torch.float64))
-
-
-def zero_terminal_snr(schedule: Schedule) -> Schedule:
-    """The schedule shifted and stretched in sqrt(abar) so that it ends in noise alone (Lin et al. 2024, algorithm 1).
-
-    Its last level would be infinite, and is `SIGMA_CAP`.
-    """
-    a = (1 + schedule.sigmas**2).rsqrt()
-    a = (a - a[-1]) * a[0] / (a[0] - a[-1])
-    sigmas = (1 - a**2).sqrt() / a
-    inside = sigmas[sigmas < SIGMA_CAP]
-    return Schedule(torch.cat([inside, sigmas.new_tensor([SIGMA_CAP])]))
 
 
 def scheduler_json(schedule: Schedule, prediction: str, came: Mapping[str, Any]) -> dict[str, Any]:
