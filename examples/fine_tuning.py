@@ -30,14 +30,14 @@ from PIL import Image
 from torch import Tensor
 
 from nanodiffusion import grid, load_codec, load_controlnet, load_pretrained, pictures, save_diffusers, save_png
-from nanodiffusion.checkpoint import load_tensors, load_weights
+from nanodiffusion.checkpoint import load_tensors, load_weights, save_tensors
 from nanodiffusion.cli import main as nanodiffusion
 from nanodiffusion.data import load_data
 from nanodiffusion.data.conditioning import canny, to_unit
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.errors import UserError
 from nanodiffusion.evaluate import of_data
-from nanodiffusion.evaluate.features import SmallNet, fit_small
+from nanodiffusion.evaluate.features import SmallNet, fit_small, load_small
 from nanodiffusion.fast import adapt
 from nanodiffusion.lora import add_lora, read_lora
 from nanodiffusion.nets.inpaint import InpaintTokens
@@ -82,14 +82,14 @@ SETTINGS = {
         base=f"{FAST} steps=1100 batch_size=32 accumulate=1 lr=1e-3 ema=[{{name:power,sigma_rel:0.1}}] "
         "lr_schedule={name:linear,warmup:50}",
         tune={
-            "controlnet": f"{FAST} steps=300 batch_size=32 accumulate=1 lr=1e-3",
-            "adapter": f"{FAST} steps=300 batch_size=32 accumulate=1 lr=1e-3",
+            "controlnet": f"{FAST} steps=400 batch_size=32 accumulate=1 lr=1e-3",
+            "adapter": f"{FAST} steps=400 batch_size=32 accumulate=1 lr=1e-3",
             "inpaint": f"{FAST} steps=300 batch_size=32 accumulate=1 lr=5e-4 ema=[] lr_schedule.warmup=20",
             "inpaint_by_tokens": f"{FAST} steps=300 batch_size=32 accumulate=1 lr=5e-4 ema=[] lr_schedule.warmup=20",
-            "lora": f"{FAST} steps=150 batch_size=16 lr=3e-3 lr_schedule.warmup=10",
-            "textual_inversion": f"{FAST} steps=150 batch_size=16 lr=5e-3",
+            "lora": f"{FAST} steps=200 batch_size=16 lr=3e-3 lr_schedule.warmup=10",
+            "textual_inversion": f"{FAST} steps=150 batch_size=16 lr=2e-2",
         },
-        measured=40,
+        measured=120,
         steps=12,
         classifier=400,
     ),
@@ -178,7 +178,7 @@ def fresh(codec: Path, unet: SDUNetConfig, seed: int = 0) -> Bundle:
     width = unet.context_dim
     clip = CLIPText(TextConfig(width, 2, 2, 2 * width, vocab=len(tokenizer), eos=tokenizer.end))
     with torch.no_grad():  # words that are farther apart than places: an encoder that is never trained must tell them
-        clip.text_model.embeddings.token_embedding.weight.mul_(5)
+        clip.text_model.embeddings.token_embedding.weight.mul_(25)
     row = family.texts[0]
     text = TextEncoder([TextPart(tokenizer, clip.eval(), row.layer, row.norm, row.pooled)])
     denoiser = Denoiser(SDUNet(unet), "eps", "table", ldm()).eval()
@@ -266,12 +266,16 @@ def as_input(images: np.ndarray) -> Tensor:
 
 
 def laboratory(home: Path, base: Path, setting: Setting) -> Lab:
-    """The unseen pictures, evenly from all classes, and a classifier trained on the seen ones."""
-    files = sorted((home / "unseen").rglob("*.png"), key=lambda file: (file.name[-4:], file.name))[: setting.measured]
-    data = load_data("folder", path=str(home / "pictures"), size=SIDE)
-    classifier = fit_small(of_data(data, "pictures"), setting.classifier)
+    """The unseen pictures, of all classes mixed, and a classifier trained on the seen ones."""
+    files = sorted((home / "unseen").rglob("*.png"), key=lambda file: file.name)[: setting.measured]
+    judge = home / "classifier.safetensors"
+    if not judge.exists():
+        data = of_data(load_data("folder", path=str(home / "pictures"), size=SIDE), "pictures")
+        save_tensors(judge, fit_small(data, setting.classifier).state_dict(), {})
     captions = [file.with_suffix(".txt").read_text().strip() for file in files]
-    return Lab(home, base, setting, [Image.open(f).convert("RGB") for f in files], captions, data.classes, classifier)
+    classes = tuple(sorted(folder.name for folder in (home / "pictures").iterdir() if folder.is_dir()))
+    unseen = [Image.open(file).convert("RGB") for file in files]
+    return Lab(home, base, setting, unseen, captions, classes, load_small(judge).eval())
 
 
 def record(home: Path, task: str, figures: dict[str, Any]) -> None:

@@ -271,6 +271,8 @@ class Runner:
         self.world, self.say, self.memory = world, say, 0.0
         self.folder = Path(config.out) / config.name
         data, held_out = make_data(config)
+        if world.first and hasattr(data, "census"):
+            self.say(str(data.census))
         told = {key: getattr(config, key) or getattr(data, key, "") for key in ("codec", "text")}
         self.config = config = fit_net(replace(config, **told), data.shape, len(data.classes), data)
         self.schedule, self.density = make_schedule(config), make_density(config)

@@ -6,7 +6,7 @@ last ones may be empty. A net's buffers, and whatever is not trained, are whole 
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,22 +117,53 @@ def shard(model: nn.Module, world: World) -> None:
     Gradients are averaged over the processes. UserError: what is trained is not a net of its own, as LoRA's factors are not.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard
 
     net: Any = model.net
     _check(model, net)
-    warnings.filterwarnings(
-        "ignore", message="FSDP2-wrapped module"
-    )  # of views changed in place, which no net here does
+    for p in net.parameters():
+        p.data = p.data.contiguous()  # it takes no channels-last ones
+    # of views that are changed in place, which no net here does
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in [*repeated(net), net]:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    for name in OUTSIDE:
-        if hasattr(net, name):
-            register_fsdp_forward_method(net, name)
+    _make_whole_for(net, [name for name in OUTSIDE if hasattr(net, name)])
+
+
+def _make_whole_for(net: Any, names: Sequence[str]) -> None:
+    """Put parameters together for these methods, unless they are called while they are together already."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    depth = [0]
+
+    def within(by: int) -> None:
+        depth[0] += by
+
+    def guarded(plain: Callable[..., Any], gathering: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            if depth[0]:
+                return plain(*args, **more)
+            within(1)
+            try:
+                return gathering(*args, **more)
+            finally:
+                within(-1)
+
+        return call
+
+    net.register_forward_pre_hook(lambda *_: within(1))
+    net.register_forward_hook(lambda *_: within(-1), always_call=True)
+    plain = {name: getattr(net, name) for name in names}
+    for name in names:
+        register_fsdp_forward_method(net, name)
+        setattr(net, name, guarded(plain[name], getattr(net, name)))
 
 
 def _check(model: nn.Module, net: nn.Module) -> None:
+    what = "what is trained lies among what is not, so that there is nothing to shard"
+    if type(net).forward is nn.Module.forward:  # parameters that others work with
+        raise UserError(what, key="parallel", found=type(net).__name__, fix="parallel=ddp: it is little")
     own = {id(p) for p in net.parameters()}
     within = {id(module) for module in net.modules()}
     beside = [
@@ -143,7 +174,6 @@ def _check(model: nn.Module, net: nn.Module) -> None:
         if p.requires_grad or id(p) in own
     ]
     if beside:
-        what = "what is trained lies among what is not, so that there is nothing to shard"
         raise UserError(what, key="parallel", found=beside[0], fix="parallel=ddp: it is little")
     if scalars := [name for name, p in net.named_parameters() if p.ndim == 0]:
         raise UserError(

@@ -281,9 +281,10 @@ class Trainer:
             return objective
         ids = [self.world.device] if self.world.device.type == "cuda" else None
         ddp = nn.parallel.DistributedDataParallel
-        keys = "forward_sync_buffers", "broadcast_buffers"  # since torch 2.13, before it
-        key = next(key for key in keys if key in inspect.signature(ddp).parameters)
-        return ddp(objective, device_ids=ids, **{key: False})
+        new = "forward_sync_buffers"  # its name since torch 2.13
+        key = new if new in inspect.signature(ddp).parameters else "broadcast_buffers"
+        told: dict[str, Any] = {"device_ids": ids, key: False}
+        return ddp(objective, **told)
 
     def __iter__(self) -> Iterator[Step]:
         while self.step < self.config.steps:

@@ -440,3 +440,72 @@ def test_the_teacher_of_few_steps_is_led_away_from_no_text(family):
     assert nothing.keys() == led.keys() and "context" in led
     for name, value in nothing.items():
         torch.testing.assert_close(led[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["text_to_image", "controlnet"])
+def test_a_run_that_was_stopped_goes_on_with_the_same_bits(task, tmp_path):
+    from nanodiffusion.distributed import World
+    from nanodiffusion.run import Runner
+    from tests.tiny import differences
+
+    pictures = write_pictures(tmp_path / "photos")
+    data = {"name": "pictures", "path": str(pictures), "size": 64, "control": {"name": "canny"}}
+
+    def run(name: str, *ends: int) -> Any:
+        for steps in ends:
+            config = config_of(task, data=data, steps=steps, out=str(tmp_path), name=name, log_every=1, lr=1e-3)
+            Runner(config, World(), say=lambda _: None).run()
+        return tmp_path / name
+
+    assert not differences(run("whole", 4), run("stopped", 2, 4))
+
+
+def write_pictures(folder: Any) -> Any:
+    """Six pictures of 72 x 88 with captions beside them."""
+    from PIL import Image
+
+    folder.mkdir()
+    for i in range(6):
+        pixels = torch.randint(0, 256, (72, 88, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a photo of cat {i}")
+    return folder
+
+
+def test_aspects_are_trained_and_validated_and_what_is_left_out_is_said(tmp_path):
+    from PIL import Image
+
+    from nanodiffusion.distributed import World
+    from nanodiffusion.run import Runner
+
+    folder = write_pictures(tmp_path / "photos")
+    for i, size in enumerate(((64, 128), (64, 130), (128, 64), (128, 66))):
+        Image.new("RGB", size, (40 * i, 9, 200)).save(folder / f"wide{i}.png")
+        (folder / f"wide{i}.txt").write_text("a red dog")
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.txt").write_text("a cat")
+    data = {"name": "pictures", "path": str(folder), "size": 64, "buckets": [[64, 64], [64, 128], [128, 64]]}
+    said: list[str] = []
+    config = config_of(
+        "lora",
+        data=data,
+        batch_size=2,
+        out=str(tmp_path),
+        name="aspects",
+        validation=0.3,
+        validate_every=3,
+        log_every=1,
+    )
+    runner = Runner(config, World(), said.append)
+    shapes = {tuple(runner.trainer.data.batch(d.index, d.u)[0].shape[1:]) for d in first_draws(runner.trainer, 12)}
+    assert shapes == {(4, 8, 8), (4, 8, 16), (4, 16, 8)} and runner.run() == "done"
+    assert said[0].startswith("10 pictures of ") and "; 1 left out: 1 " in said[0]
+
+
+def first_draws(trainer: Trainer, n: int) -> list[Any]:
+    """What the first n updates draw, one micro-batch each; the loop stands where it did."""
+    found = []
+    for trainer.step in range(n):
+        found += trainer.draw()
+    trainer.step = 0
+    return found

@@ -20,12 +20,15 @@ from torch import nn
 from torch.testing import assert_close
 
 from nanodiffusion.checkpoint import checkpoints, load_tensors
+from nanodiffusion.config import make
 from nanodiffusion.distributed import World, launch, world
 from nanodiffusion.errors import UserError
+from nanodiffusion.finetune import FINETUNES
 from nanodiffusion.nets import build_net
+from nanodiffusion.objective import make_density
 from nanodiffusion.run import load_run
 from nanodiffusion.shard import repeated, shard
-from nanodiffusion.train import Step
+from nanodiffusion.train import Step, Trainer
 
 ONE = 1e-6  # between the same sums in another order
 FSDP = {"parallel": "fsdp"}
@@ -258,11 +261,12 @@ class Model(nn.Module):
 
 
 def test_parameters_that_others_use_too_are_not_sharded():
-    """As the factors of a LoRA, which the layers of a frozen net own with it."""
+    """As those of a LoRA, which the layers of a frozen net work with; nor is what is trained beside the net."""
     shared = nn.Linear(2, 2)
-    for beside in (shared, nn.Linear(2, 2)):
+    loose = nn.ParameterDict({"a": shared.weight})
+    for net, other in ((nn.Sequential(shared), shared), (loose, nn.Linear(2, 2)), (nn.Linear(3, 3), nn.Linear(2, 2))):
         with pytest.raises(UserError, match="nothing to shard") as e:
-            shard(Model(nn.Sequential(shared) if beside is shared else nn.Linear(3, 3), Beside(beside)), World(0, 2))
+            shard(Model(net, Beside(other)), World(0, 2))
         assert e.value.details["fix"].startswith("parallel=ddp")
 
 
@@ -298,6 +302,47 @@ def test_blocks_are_what_a_net_repeats(name, kind, n):
     assert inside > 0.8 * sum(p.numel() for p in net.parameters())
 
 
+# -- tasks on checkpoints ------------------------------------------------------------------------------------------------
+
+TUNED = ("text_to_image", "controlnet", "adapter", "inpaint_by_tokens")
+
+
+def tuned(task: str, base: str, here: World, **more: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of three steps on a tiny checkpoint, and the weights after them."""
+    from tests import sd_files, test_finetune
+
+    sd_files.tree = lambda family: base
+    config = test_finetune.config_of(task, optimizer={"name": "SGD"}, lr=0.01, clip=1.0, **more)
+    row = make(FINETUNES, config.task, "task")()
+    model = row.model(config)
+    trainer = Trainer(model, row.prepared(test_finetune.Pixels(), model), make_density(config), config, here)
+    losses = [step.loss.item() for step in trainer]
+    state = trainer.denoiser.net.state_dict()
+    return losses, {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).clone() for k, v in state.items()}
+
+
+def tune(base: str) -> dict[str, list[float]]:
+    """How far losses and weights of sharded and replicated nets are from those of one process: of every task."""
+    found = {}
+    with world("cpu") as here:
+        for task in TUNED:
+            losses, weights = tuned(task, base, World())
+            for kind in ("ddp", "fsdp"):
+                ours, mine = tuned(task, base, here, parallel=kind, task_checkpointing=True)
+                apart = max((v - mine[k]).abs().max().item() for k, v in weights.items())
+                found[f"{task}, {kind}"] = [largest(losses, ours), apart]
+    return found
+
+
+@pytest.mark.slow
+def test_tasks_on_checkpoints_are_trained_the_same_by_two_processes():
+    from tests import sd_files
+
+    found = launch(tune, (str(sd_files.tree("sd1")),), 2)
+    print(found)
+    assert len(found) == 2 * len(TUNED) and max(map(max, found.values())) < 1e-5
+
+
 # -- lost processes --------------------------------------------------------------------------------------------------
 
 KILLS = 8  # of a run
@@ -313,7 +358,7 @@ def killed_at_random(here: World, runner: Any) -> None:
     start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     dice = random.Random(start)
     victim, moment = dice.randrange(2), dice.randint(1, 16)
-    if start >= KILLS or here.rank != victim and (start % 2 or runner.trainer.sharded):
+    if start >= KILLS or (here.rank != victim and (start % 2 or runner.trainer.sharded)):
         return
     if start % 2 == 0:  # of replicated nets only the first process saves
         return dies_at_sync(moment) if here.first or runner.trainer.sharded else None

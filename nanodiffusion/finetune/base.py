@@ -19,7 +19,6 @@ from nanodiffusion.data.conditioning import hide, latent_mask
 from nanodiffusion.denoiser import PRECISIONS, Cond, Denoiser
 from nanodiffusion.draw import begin, check_settings, cycled, make_step
 from nanodiffusion.errors import UserError
-from nanodiffusion.fast import adapt
 from nanodiffusion.guidance import cfg
 from nanodiffusion.objective import SHOWN, Fixed, Validator, make_schedule
 from nanodiffusion.sampler import ImageNoise, sample
@@ -137,6 +136,11 @@ class Prepared:
         self.device, self.data = device, self.data.to(device)
         return self
 
+    def square(self) -> "Prepared":
+        """The same, every picture cut to one size, where the data set has several."""
+        own = getattr(self.data, "square", None)
+        return Prepared(own(), self.model).to(self.device) if own else self
+
     def order(self, batch: int, seed: int, step: int) -> Tensor:
         """The samples (batch) of global batch `step`, as the data set chooses them."""
         own = getattr(self.data, "order", None)
@@ -219,7 +223,6 @@ class Finetune(Task):
             )
         bundle.denoiser.requires_grad_(False)
         vars(bundle.denoiser.net)["checkpointing"] = self.checkpointing
-        adapt(bundle.denoiser.net)
         model = self.tuned(bundle, config)
         model.net.requires_grad_(True)
         return model
@@ -236,13 +239,13 @@ class Finetune(Task):
 
     def validator(self, trainer: "Trainer", data: Any, density: Any) -> Validator:
         """What measures the model on held-out data."""
-        return Validator(trainer, data, density)
+        return Validator(trainer, data.square(), density)
 
     def fixed(self, config: Config, model: Tuned, data: Any) -> Fixed:
         """The conditions (k ...) that pictures are drawn from: of the first samples, with `sample.prompts` for captions."""
         prompts = config.sample.prompts
         k = min(len(data), max(len(prompts), SHOWN))
-        _, cond = data.batch(torch.arange(k))
+        _, cond = data.square().batch(torch.arange(k))
         taken = {name: value.cpu() for name, value in cond.items() if name in model.takes}
         if prompts:
             ids = model.tokens(prompts)
