@@ -103,7 +103,12 @@ def real_step() -> dict[str, Any]:
             losses.append(loss.item())
             seconds.append(round(time.perf_counter() - start, 1))
     counted = expected("sd1", "lora", 256, "fp32", False)
-    return {"measured_gib": round(peak.bytes / GIB, 2), "counted_gib": round(counted, 2), "seconds": seconds, "losses": losses}
+    return {
+        "measured_gib": round(peak.bytes / GIB, 2),
+        "counted_gib": round(counted, 2),
+        "seconds": seconds,
+        "losses": losses,
+    }
 
 
 def main() -> None:
@@ -114,7 +119,8 @@ def main() -> None:
     for family, size in (("sd1", 512), ("sdxl", 1024)):
         for task in TASKS:
             averages = int(task in ("text_to_image", "inpaint"))
-            row = {f"bf16{', recomputed' * c}": round(expected(family, task, size, "bf16", c, averages), 1) for c in (False, True)}
+            peak = lambda again: round(expected(family, task, size, "bf16", again, averages), 1)  # noqa: B023
+            row = {"bf16": peak(False), "bf16, recomputed": peak(True)}
             table[f"{family} {size} {task}"] = row
             print(f"{family} {size} {task:14}", row, flush=True)
     result: dict[str, Any] = {"gib": table, "torch": torch.__version__, "machine": platform.machine()}

@@ -586,7 +586,10 @@ class Runner:
         if spread:
             images = self.world.gather(images)[:n]
         if self.world.first:
-            save_png(picture(images, self.task.columns(len(self.data.classes), self.fixed, n)), path)
+            try:
+                save_png(picture(images, self.task.columns(len(self.data.classes), self.fixed, n)), path)
+            except UserError as e:
+                return self.say(_no_picture(path.name, e))
             self.show(path)
 
     def _attempt(
@@ -605,7 +608,7 @@ class Runner:
                 x0 = self.pictures(n, weights)
             return self.images(x0), None
         except UserError as e:
-            return None, "" if e is self._codec else f"no {name}: {' '.join(str(e).split())}"
+            return None, "" if e is self._codec else _no_picture(name, e)
 
     def show(self, path: Path) -> None:
         """A picture of the run to every tracker."""
@@ -638,6 +641,10 @@ class Runner:
             x0, cond = self.data.batch(draw.index, draw.u)
             tensors = {**draw._asdict(), "x0": x0, **cond}
             save_tensors(self.folder / "bad-batch.safetensors", tensors, {"step": self.trainer.step})
+
+
+def _no_picture(name: str, why: UserError) -> str:
+    return f"no {name}: {' '.join(str(why).split())}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

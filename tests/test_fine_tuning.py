@@ -23,7 +23,7 @@ def test_a_base_of_our_own_and_every_task_on_it(tmp_path: Path, monkeypatch: pyt
     torch.set_float32_matmul_precision(before)
 
     figures = json.loads((home / "figures.json").read_text())
-    assert figures.keys() == {"text_to_image", *fine_tuning.TASKS}
+    assert figures.keys() == {"autoencoder", "text_to_image", *fine_tuning.TASKS}
     assert figures["inpaint"]["untouched_outside"] and figures["inpaint_by_tokens"]["untouched_outside"]
     assert figures["lora"]["strength_0_is_the_base"]
     assert figures["textual_inversion"]["rows_learnt"] == 1 and figures["textual_inversion"]["other_rows_unchanged"]
