@@ -440,7 +440,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize(
+    "name", [name if name == "accelerate" else pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS]
+)
 def test_two_processes_train_as_one_with_their_batch(name, tmp_path):
     """E43: the README's notebook_launcher, on a CPU; the weights are those of one process with the whole batch."""
     if name == "accelerate":

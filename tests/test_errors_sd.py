@@ -117,9 +117,6 @@ def _write_made(place: Path) -> None:
     }.items():
         save_png(picture, place / f"{name}.png", chunks(settings))
     save_png(picture, place / "theirs.png", {"parameters": "a cat\nSteps: 3, Sampler: Euler, Seed: 1, Model: v1-5"})
-    save_png(
-        picture, place / "their-sampler.png", {"parameters": "a cat\nSteps: 3, Sampler: Restart, Seed: 1, Size: 64x64"}
-    )
     save_png(picture, place / "damaged.png", {"nanodiffusion": "{"})
 
 
@@ -265,7 +262,6 @@ TABLE: dict[str, list[str]] = {
     "regenerate gone.png": ["no-longer.png", "key image", "abab", "No such file"],
     "regenerate other.png": ["photo.png", "key image", "not the file", "abab"],
     "regenerate theirs.png": ["which model", "v1-5"],
-    "regenerate their-sampler.png model=SD1": ["restart", "sampler"],
     "regenerate made.png n=2": ["key n", "one picture"],
     "regenerate made.png 'a dog' 'a cat'": ["key prompt"],
     "regenerate made.png model=none": ["none", "key model"],

@@ -263,7 +263,9 @@ def _checks(node):
 # -- the four that need no checkpoint ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [name if name == "toy" else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
+)
 def test_a_notebook_runs_and_shows_its_pictures(name):
     notebook, _, _ = small(name)
     check_outputs(notebook, SHOWN[name])
