@@ -23,6 +23,7 @@ from tests import sd_files
 from tests.reference import in_float64
 
 FAMILIES = ("sd1", "sdxl")
+SOME = ("sd1", pytest.param("sdxl", marks=pytest.mark.slow))
 TASKS = ("text_to_image", "inpaint", "inpaint_by_tokens", "controlnet", "adapter", "lora", "lcm", "textual_inversion")
 SAMPLE = {"guidance": 3.0, "steps": 2, "n": 4, "sampler": {"name": "euler"}}
 LDM = {
@@ -200,7 +201,7 @@ def test_a_controlnet_step_has_the_gradients_of_diffusers(family):
     close(ours, gradients(reference))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_an_adapter_step_has_the_gradients_of_diffusers(family):
     import diffusers
 
@@ -245,7 +246,7 @@ def test_a_lora_step_has_the_gradients_of_peft():
     close({place[name]: grad for name, grad in ours.items()}, gradients(pipe.unet))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_an_inpainting_step_has_the_gradients_of_diffusers(family):
     trainer, pipe = in_double(trainer_of("inpaint", family)), pipeline(family)
     net: Any = trainer.denoiser.net
@@ -270,7 +271,7 @@ def test_an_inpainting_step_has_the_gradients_of_diffusers(family):
 # ---- what changes, and what does not
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize("task", TASKS)
 def test_nothing_but_what_is_trained_changes(task, family):
     trainer = trainer_of(task, family, lr=1e-2)
@@ -286,7 +287,7 @@ def test_nothing_but_what_is_trained_changes(task, family):
     assert {id(p) for p in trainer.parameters} == trained
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize("task", ["controlnet", "lora", "inpaint"])
 def test_a_fresh_addition_changes_nothing_yet(task, family):
     plain, added = (trainer_of(name, family) for name in ("text_to_image", task))
@@ -429,7 +430,7 @@ def test_a_new_word_begins_as_a_word_of_one_token():
     torch.testing.assert_close(table.rows.detach(), table.frozen[[word]], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_the_teacher_of_few_steps_is_led_away_from_no_text(family):
     trainer = trainer_of("lcm", family, cond_dropout=0.0)
     model: Any = trainer.denoiser
@@ -442,7 +443,7 @@ def test_the_teacher_of_few_steps_is_led_away_from_no_text(family):
         torch.testing.assert_close(led[name], value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("task", ["text_to_image", "controlnet"])
+@pytest.mark.parametrize("task", ["text_to_image", pytest.param("controlnet", marks=pytest.mark.slow)])
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(task, tmp_path):
     from nanodiffusion.distributed import World
     from nanodiffusion.run import Runner

@@ -290,6 +290,7 @@ def test_the_toy_samples_the_same_in_the_coordinates_of_three_families():
     assert_close(vp, sigma, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_schedules_end_where_their_papers_say():
     _, _, facts = small("noise_schedules")
     betas = {"ddpm": torch.linspace(1e-4, 0.02, 1000), "ldm": torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2}
@@ -302,6 +303,7 @@ def test_the_schedules_end_where_their_papers_say():
     assert facts["photo"] == [1, 3, 64, 64]
 
 
+@pytest.mark.slow
 def test_a_larger_picture_is_hidden_by_more_noise_as_the_formula_says():
     _, _, facts = small("noise_schedules")
     assert facts["worst"] < 0.2  # of a correlation, measured on 8 x 8 places of three channels
@@ -310,6 +312,7 @@ def test_a_larger_picture_is_hidden_by_more_noise_as_the_formula_says():
     assert_close(shifted, 4 * t / (1 + 3 * t), atol=2e-3, rtol=0)  # the table's last time is not quite 1
 
 
+@pytest.mark.slow
 def test_the_nets_have_the_published_sizes():
     _, _, facts = small("architecture")
     assert facts["sizes"]["DiT-XL/2"] == pytest.approx(675e6, rel=1e-3)  # Peebles & Xie 2023, table 4
@@ -318,6 +321,7 @@ def test_the_nets_have_the_published_sizes():
     assert facts["parts"] == facts["small"]  # every parameter is in one part
 
 
+@pytest.mark.slow
 def test_receptive_fields_are_those_of_the_kernels():
     _, _, facts = small("architecture")
     assert list(facts["fields"].values()) == [1, 9, 25, 256, 256]
@@ -327,6 +331,7 @@ def test_receptive_fields_are_those_of_the_kernels():
     assert_close(torch.tensor(facts["products"]), (along[:, None] + along).flatten().float(), atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_run_behind_the_inference_notebook_is_made_where_there_is_none():
     _, work, facts = small("inference")
     assert facts["path"] == "runs/notebook-digits" and (work / facts["path"] / "checkpoint").is_dir()
