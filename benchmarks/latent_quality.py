@@ -27,7 +27,7 @@ CODEC, LATENTS = HOME / "autoencoder/codec", HOME / "latents"
 SAMPLES, BATCH = 2000, 128
 SAME = f"data.path={LATENTS} out={HOME} validation=0 validate_every=0 batch_size={BATCH} lr=1e-3 lr_schedule.warmup=100"
 OURS = {  # each recipe at this size; guidance is off, and averages span a fraction of what has been trained
-    "modern": ("latent-dit", "net.dim=192 net.depth=6 net.heads=6 sample.guidance=1 snapshot_every=0"),
+    "modern": ("latent-dit", "net.dim=192 net.depth=5 net.heads=6 sample.guidance=1 snapshot_every=0"),
     "pixart": (
         "cifar10-latent",
         "net.in_size=8 net.channels_in=4 net.dim=192 net.depth=8 net.heads=6 lr_schedule.name=constant",

@@ -60,7 +60,7 @@ def test_the_plain_latent_transformers_have_the_size_of_ours(name):
     assert abs(ours / plain - 1) < 0.002  # the null class and the fixed positions
 
 
-@pytest.mark.parametrize("name", ["pixart", "tld"])
+@pytest.mark.parametrize("name", ["pixart", pytest.param("tld", marks=pytest.mark.slow)])
 def test_both_sides_train_a_latent_transformer(name):
     net = latent.TINY[name]
     sides = [latent.ours_train("cpu", net, 64, "fp32"), latent.ours_train("cpu", net, 64, "bf16")]

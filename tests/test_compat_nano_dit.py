@@ -474,6 +474,7 @@ def test_runs_go_to_an_mlflow_server(encoded, monkeypatch):
     assert command(words) == 0
 
 
+@pytest.mark.slow
 def test_the_example_trains_and_draws(tmp_path):
     """E25's grid of all classes and trajectories, from a script."""
     root = Path(__file__).parents[1]

@@ -148,6 +148,7 @@ def test_what_the_child_dies_of_is_said(tmp_path: Path, monkeypatch: pytest.Monk
 # -- checkpoints of the family -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_folder_of_pickles_becomes_a_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     pytest.importorskip("tokenizers")

@@ -429,7 +429,7 @@ WRONG = {
     "no such run": ({"base": "nowhere"}, "no such run"),
     "no base": ({"base": ""}, "task.base"),
     "no such weights": ({"weights": "ema-9"}, "no such weights"),
-    "w_min above w_max": ({"w_min": 3.0, "w_max": 2.0}, "w_min <= w_max"),
+    "w_min above w_max": ({"w_min": 3.0, "w_max": 2.0}, "0 to w_max"),
     "a negative scale": ({"w_min": -1.0, "w_max": 2.0}, "w_min"),
     "a skip longer than the ladder": ({"levels": 4, "skip": 5}, "1 to the 4 levels"),
     "no skip": ({"skip": 0}, "task.skip"),

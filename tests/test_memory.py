@@ -177,7 +177,7 @@ def test_a_plan_says_what_it_does():
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced", "low", "auto"])
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
 def test_a_memory_plan_changes_where_the_work_is_done_and_not_its_result(family, memory):
     bundle = load_pretrained(sd_files.tree(family), device="cpu", offload=True)
     wanted = list(generate(bundle, "a cat", steps=2, width=64, height=64))[-1].x

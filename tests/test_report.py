@@ -114,6 +114,7 @@ def test_report_has_curves_without_matplotlib(run, monkeypatch):
     assert requests(Page(text)) == []
 
 
+@pytest.mark.slow
 def test_report_stays_below_five_megabytes(run):
     large = noise(700, 700)
     for i in range(40):

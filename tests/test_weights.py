@@ -141,6 +141,7 @@ print((peak() - before) / sum(p.nbytes for p in net.parameters()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_float32_file_becomes_bfloat16_at_a_peak_of_the_result_and_a_third(tmp_path: Path) -> None:
     net = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(32)])  # 134 MB

@@ -21,6 +21,9 @@ from nanodiffusion.config import Config, read_config
 from nanodiffusion.denoiser import DISTANCES, Cond, Denoiser, expand, mean_within
 from nanodiffusion.ema import EMA, constant
 from nanodiffusion.errors import UserError, lookup
+from nanodiffusion.finetune.lora import Factored
+from nanodiffusion.lora import new_lora
+from nanodiffusion.lora.names import layers_of
 from nanodiffusion.noise import LADDERS
 from nanodiffusion.objective import Denoise, make_schedule
 
@@ -148,22 +151,18 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     return ((a - b) ** 2 + c**2).sqrt() - c
 
 
-@dataclass(frozen=True)
-class Distill(Denoise):
-    """A few-step model of a run of ours; `nanodiffusion sample RUN` draws it with sampler=lcm steps=4 guidance=1.
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """Options of latent consistency distillation, which `Distill` and `LCM` share.
 
-    base: the run's folder, whose net, prediction, schedule and clock the config takes over; weights: which of its weights.
     solver: of the teacher's step, ddim or heun, which asks twice and allows fewer levels (Song et al. 2023, section 6.1).
     ladder, levels: name and length of the ladder that is walked; skip: levels that the teacher goes down at once.
     w_min, w_max: guidance scales of the teacher, 1 = none (the papers count from 0). The student learns their mean effect:
-    one scale is best where it is not told which. embed_guidance: it is told, as published latent consistency U-Nets are
-    (time_cond_proj_dim); no net of a run takes a scale, so this must be false.
+    one scale is best where it is not told which.
     decay, huber: see `Distilled`. rank: of a LoRA that is trained instead of all weights; 0 = none. match: ends of the names
     of its layers; [] = all.
     """
 
-    base: str
-    weights: str = "ema-0"
     solver: str = "ddim"
     ladder: str = "trailing"
     levels: int = 50
@@ -174,18 +173,52 @@ class Distill(Denoise):
     huber: float = 1e-3
     rank: int = 0
     match: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        lookup(LADDERS, self.ladder, "task.ladder")
+        lookup(SOLVERS, self.solver, "task.solver")
+        for key, fine, expected in (
+            ("levels", self.levels >= 1, "1 or more"),
+            ("skip", 1 <= self.skip <= self.levels, f"1 to the {self.levels} levels of the ladder"),
+            ("w_min", 0 <= self.w_min <= self.w_max < float("inf"), f"0 to w_max, which is {self.w_max}"),
+            ("decay", 0 <= self.decay < 1, "in [0, 1)"),
+            ("huber", 0 <= self.huber < float("inf"), "a number from 0 up"),
+            ("rank", self.rank >= 0, "0 or more"),
+        ):
+            if not fine:
+                what = "this cannot be distilled with"
+                raise UserError(what, key=f"task.{key}", expected=expected, found=getattr(self, key))
+
+    def walk(self, config: Config) -> dict[str, Any]:
+        """The options as a `Distilled` takes them."""
+        guidance = (float(self.w_min), float(self.w_max))
+        ladder = LADDERS[self.ladder](make_schedule(config), self.levels)
+        more = {key: getattr(self, key) for key in ("skip", "decay", "huber", "solver")}
+        return {"levels": ladder, "guidance": guidance, **more}
+
+    def factors(self, net: nn.Module, seed: int) -> Factored:
+        """New factors of a LoRA that change nothing yet, on a net's layers."""
+        draw = torch.Generator().manual_seed(seed)
+        return Factored(new_lora({"unet": net}, self.rank, match=tuple(self.match or layers_of(net)), generator=draw))
+
+
+@dataclass(frozen=True)
+class Distill(Walk, Denoise):
+    """A few-step model of a run of ours; `nanodiffusion sample RUN` draws it with sampler=lcm steps=4 guidance=1.
+
+    base: the run's folder, whose net, prediction, schedule and clock the config takes over; weights: which of its weights.
+    embed_guidance: the student is told its guidance scale, as published latent consistency U-Nets are (time_cond_proj_dim);
+    no net of a run takes one, so this must be false.
+    """
+
+    base: str
+    weights: str = "ema-0"
     embed_guidance: bool = False
 
     def __post_init__(self) -> None:
-        _require(bool(self.base), "base", "a run's folder", self.base)
-        lookup(LADDERS, self.ladder, "task.ladder")
-        lookup(SOLVERS, self.solver, "task.solver")
-        _require(self.levels >= 1, "levels", "1 or more", self.levels)
-        _require(1 <= self.skip <= self.levels, "skip", f"1 to the {self.levels} levels of the ladder", self.skip)
-        _require(0 <= self.w_min <= self.w_max < float("inf"), "w_min", "0 <= w_min <= w_max", (self.w_min, self.w_max))
-        _require(0 <= self.decay < 1, "decay", "in [0, 1)", self.decay)
-        _require(0 <= self.huber < float("inf"), "huber", "a number from 0 up", self.huber)
-        _require(self.rank >= 0, "rank", "0 or more", self.rank)
+        super().__post_init__()
+        if not self.base:
+            raise UserError("nothing to distil", key="task.base", expected="a run's folder", found=self.base)
         if self.embed_guidance:
             fix = "w_min and w_max alike, and embed_guidance=false"
             raise UserError("no net of a run takes a guidance scale", key="task.embed_guidance", fix=fix)
@@ -216,11 +249,13 @@ class Distill(Denoise):
             fix = "task.w_min=1 task.w_max=1"
             raise UserError("the base has no conditions to be guided by", file=self.base, key="task.w_max", fix=fix)
         student = twin(teacher) if self.rank else copy.deepcopy(teacher)
-        net = self._factors(student.net, config.seed) if self.rank else student.net
-        ladder = LADDERS[self.ladder](make_schedule(config), self.levels)
-        guidance = (float(self.w_min), float(self.w_max))
+        net: Any = student.net
+        if self.rank:
+            net = self.factors(student.net, config.seed)
+            for name in ("config", "sample_shape", "takes", "null_label"):  # what the loop asks of a net
+                setattr(net, name, getattr(student.net, name, None))
         student.net.requires_grad_(not self.rank)
-        return Distilled(teacher, student, net, ladder, self.skip, guidance, self.decay, self.huber, self.solver)
+        return Distilled(teacher, student, net, **self.walk(config))
 
     def teacher(self, config: Config) -> Denoiser:
         """The denoiser of the base, in this run's precision."""
@@ -260,26 +295,7 @@ class Distill(Denoise):
             raise UserError("this run is no teacher", file=self.base, key="task.base", expected=expected, found=found)
         return config, meta, (checkpoint.files[name], checkpoint.folder)
 
-    def _factors(self, net: Any, seed: int) -> nn.Module:
-        """New LoRA factors on a net, with what the loop asks of a net."""
-        from nanodiffusion.finetune.lora import Factored
-        from nanodiffusion.lora import new_lora
-        from nanodiffusion.lora.names import layers_of
-
-        match = tuple(self.match or layers_of(net))
-        factors = Factored(
-            new_lora({"unet": net}, self.rank, match=match, generator=torch.Generator().manual_seed(seed))
-        )
-        for name in ("config", "sample_shape", "takes", "null_label"):
-            setattr(factors, name, getattr(net, name, None))
-        return factors
-
 
 def twin(denoiser: Denoiser) -> Denoiser:
     """Other modules with the very same parameters."""
     return copy.deepcopy(denoiser, {id(p): p for p in denoiser.parameters()})
-
-
-def _require(fine: bool, key: str, expected: str, found: object) -> None:
-    if not fine:
-        raise UserError("this cannot be distilled with", key=f"task.{key}", expected=expected, found=found)
