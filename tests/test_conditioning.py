@@ -1,11 +1,16 @@
 """Edges, masks and canvases: equality with OpenCV, PyTorch and arithmetic, published distributions, and what is refused."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import chisquare, kstest
 from torch.testing import assert_close
 
+from nanodiffusion.data import conditioning
 from nanodiffusion.data.conditioning import (
     MASKS,
     as_bytes,
@@ -227,6 +232,98 @@ def test_strokes_cover_more_or_less_and_are_connected_per_stroke():
         cover.append(mask.mean())
         assert cv2.connectedComponents(mask)[0] - 1 <= 9
     assert np.min(cover) < 0.1 and np.max(cover) > 0.7
+
+
+# ---- the same, of 100,000 masks: every number that is drawn has the distribution that is specified
+
+DRAWS = 100_000
+
+
+def alike_often(values: Any, first: int, last: int) -> None:
+    """Whole numbers first ... last, none more often than chance allows."""
+    counts = np.bincount(np.asarray(values) - first, minlength=last - first + 1)
+    assert len(counts) == last - first + 1 and chisquare(counts).pvalue > 1e-4
+
+
+def uniform(values: Any, low: float = 0, high: float = 1) -> None:
+    assert kstest(values, "uniform", (low, high - low)).pvalue > 1e-4
+
+
+class Recorder:
+    """Stands in for an array of pixels, or for what draws on one: what was drawn and where."""
+
+    def __init__(self, *_: Any) -> None:
+        self.boxes: list[list[int]] = []
+        self.brushes: list[float] = []
+        self.parts: list[list[float]] = []
+
+    def __setitem__(self, place: tuple[slice, slice], value: int) -> None:
+        self.boxes.append([at for along in place for at in (along.start, along.stop)])
+
+    def ellipse(self, box: list[float], fill: int) -> None:
+        self.brushes.append(box[2] - box[0])
+
+    def line(self, ends: list[float], fill: int, width: int) -> None:
+        self.parts.append([*ends, width])
+
+
+@pytest.mark.slow
+def test_100000_kinds_of_mask(monkeypatch):
+    drawn, random = [], generator()
+    for kind in MASKS:
+        monkeypatch.setitem(MASKS, kind, lambda random, h, w, kind=kind: drawn.append(kind))
+    for _ in range(DRAWS):
+        random_mask(random, 8, 8)
+    assert chisquare([drawn.count(kind) for kind in MASKS]).pvalue > 1e-4
+
+
+@pytest.mark.slow
+def test_100000_boxes(monkeypatch):
+    monkeypatch.setattr(conditioning, "np", SimpleNamespace(zeros=Recorder, uint8=np.uint8))
+    random, sizes = generator(), (1024, 1536)
+    found = [random_mask(random, *sizes, "boxes").boxes for _ in range(DRAWS)]
+    alike_often([len(boxes) for boxes in found], 1, 2)
+    boxes = np.array([box for boxes in found for box in boxes])
+    dither = np.random.default_rng(0).random((2, len(boxes)))
+    for side, (start, stop), part in zip(sizes, (boxes[:, :2].T, boxes[:, 2:].T), dither):
+        alike_often(stop - start, 100, 511)
+        places = side - 20 - (stop - start) + 1  # 10 from either border
+        uniform((start - 10 + part) / places)
+    assert abs(np.corrcoef(boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2])[0, 1]) < 0.01
+
+
+@pytest.mark.slow
+def test_100000_masks_of_strokes(monkeypatch):
+    random, side, seen = generator(), 1024, []
+    monkeypatch.setattr(conditioning.ImageDraw, "Draw", lambda canvas: seen.append(Recorder()) or seen[-1])
+    monkeypatch.setattr(conditioning.Image, "new", lambda mode, size: np.zeros(()))
+    counts, lengths, angles, brushes, starts = [], [], [], [], []
+    for _ in range(DRAWS):
+        random_mask(random, side, side, "strokes")
+        parts = np.array(seen.pop().parts)
+        new = np.flatnonzero(np.r_[True, (parts[1:, :2] != parts[:-1, 2:4]).any(1)])  # where no part goes on
+        counts.append(np.diff(np.r_[new, len(parts)]))
+        starts.append(parts[new, :2])
+        brushes.append(parts[new, 4])
+        inside = np.abs(parts[:, :2] - side / 2).max(1) < side / 2 - 460  # of which none reaches the border
+        along = (parts[:, 2:4] - parts[:, :2])[inside]
+        lengths.append(np.hypot(*along.T))
+        angles.append(np.arctan2(*along.T))
+    alike_often([len(each) for each in counts], 1, 9)
+    alike_often(np.concatenate(counts), 1, 5)
+    alike_often(np.concatenate(brushes).astype(int), 5, 260)
+    alike_often(np.concatenate(lengths).round().astype(int), 10, 460)
+    uniform(np.concatenate(angles), -np.pi, np.pi)
+    uniform(np.concatenate(starts).ravel(), 0, side)
+
+
+@pytest.mark.slow
+def test_100000_bands():
+    random, side = generator(), 400
+    sides = np.array([sides_of(random_mask(random, side, side, "bands")) for _ in range(DRAWS)])
+    alike_often((sides > 0) @ [1, 2, 4, 8], 1, 15)  # each side with probability 1/2, but never none
+    for width in sides.T:
+        alike_often(width[(width > 16) & (width < 200)], 17, 199)  # 4 and 50 % themselves are half as often
 
 
 @pytest.mark.parametrize(("size", "kind", "key"), [((4, 64), None, "size"), ((64, 64), "box", "boxes")])
