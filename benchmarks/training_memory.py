@@ -28,6 +28,7 @@ from nanodiffusion.text import CLIP_BIGG, CLIP_L, CLIPText
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("text_to_image", "inpaint", "controlnet", "adapter", "lora")
+ENCODED = ("text_to_image", "lora")  # those that can do without pictures
 NETS = {"sd1": (SD15, SD_VAE, (CLIP_L,)), "sdxl": (SDXL, SDXL_VAE, (CLIP_L, CLIP_BIGG))}
 
 
@@ -66,8 +67,10 @@ def batch(family: str, task: str, size: int, dtype: torch.dtype, device: str, b:
     return new(*latent), torch.full((b,), 2.0, device=device, dtype=dtype), new(*latent), cond
 
 
-def expected(family: str, task: str, size: int, precision: str, checkpointing: bool, averages: int = 0) -> float:
-    """GiB of an update at its worst moment."""
+def expected(
+    family: str, task: str, size: int, precision: str, checkpointing: bool, averages: int = 0, encoded: bool = False
+) -> float:
+    """GiB of an update at its worst moment; encoded: of data for which neither codec nor text encoders are needed."""
     half = precision != "fp32"
     config = config_of(task, precision, checkpointing)
     row = make(FINETUNES, config.task, "task")()
@@ -75,6 +78,8 @@ def expected(family: str, task: str, size: int, precision: str, checkpointing: b
     vars(bundle.denoiser.net)["checkpointing"] = checkpointing
     model = row.tuned(bundle, config).to("meta")
     model.net.requires_grad_(True)
+    if encoded:
+        model.without_encoders({})
 
     def loss(ghost: Any) -> torch.Tensor:
         ghost.precision = ghost.denoiser.precision = torch.float32  # its weights are in half precision already
@@ -119,10 +124,12 @@ def main() -> None:
     for family, size in (("sd1", 512), ("sdxl", 1024)):
         for task in TASKS:
             averages = int(task in ("text_to_image", "inpaint"))
-            peak = lambda again: round(expected(family, task, size, "bf16", again, averages), 1)  # noqa: B023
-            row = {"bf16": peak(False), "bf16, recomputed": peak(True)}
-            table[f"{family} {size} {task}"] = row
-            print(f"{family} {size} {task:14}", row, flush=True)
+            for encoded in (False, True)[: 1 + (task in ENCODED)]:
+                peak = lambda again: round(expected(family, task, size, "bf16", again, averages, encoded), 1)  # noqa: B023
+                row = {"bf16": peak(False), "bf16, recomputed": peak(True)}
+                name = f"{family} {size} {task}{', encoded' * encoded}"
+                table[name] = row
+                print(f"{name:31}", row, flush=True)
     result: dict[str, Any] = {"gib": table, "torch": torch.__version__, "machine": platform.machine()}
     if args.real:
         result["real"] = real_step()

@@ -1,16 +1,16 @@
 """Every fine-tuning task learns: on a small Stable Diffusion of our own, with real pictures, on a CPU.
 
     garments -> an autoencoder -> a checkpoint as diffusers lays it out -> its U-Net from nothing (`text_to_image`): the base
-    base -> controlnet, adapter, inpaint, inpaint_by_tokens, lora, textual_inversion, each by the recipe of its name
+    base -> controlnet, adapter, inpaint, inpaint_by_tokens, lora, textual_inversion, lcm, each by the recipe of its name
 
-    python examples/fine_tuning.py                    about 20 minutes of one core, into runs/fine-tuning; a third is the base
+    python examples/fine_tuning.py                    about 30 minutes of one core, into runs/fine-tuning; a quarter is the base
     python examples/fine_tuning.py lora inpaint       only these, and the base where it is not there yet
     python examples/fine_tuning.py --setting tiny     seconds, and nothing to look at: whether everything works
 
 Everything that is trained is a line of the command line, printed before it runs; what it leaves (controlnet/, adapter/, unet/,
 lora.safetensors, learned_embeds.safetensors) is loaded as any published file and drawn with by `generate`. Each task writes
-TASK.png and its row of figures.json. A second call goes on where the first one ended. Distillation, of runs with nets of
-their own kind, has a benchmark: python -m benchmarks.distill.
+TASK.png and its row of figures.json, and all of them tasks.png. A second call goes on where the first one ended.
+Distillation of runs with nets of their own kind has a benchmark: python -m benchmarks.distill.
 """
 
 import argparse
@@ -21,29 +21,30 @@ import string
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from nanodiffusion import grid, load_codec, load_controlnet, load_pretrained, pictures, save_diffusers, save_png
-from nanodiffusion.checkpoint import load_tensors, load_weights, save_tensors
+from nanodiffusion.checkpoint import save_tensors
 from nanodiffusion.cli import main as nanodiffusion
 from nanodiffusion.data import load_data
 from nanodiffusion.data.conditioning import canny, to_unit
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.errors import UserError
-from nanodiffusion.evaluate import of_data
-from nanodiffusion.evaluate.features import SmallNet, fit_small, load_small
+from nanodiffusion.evaluate import frechet, moments, of_data
+from nanodiffusion.evaluate.features import SmallNet, fit_small, load_small, small_features
+from nanodiffusion.evaluate.scores import T_95, jackknife, leave_out
 from nanodiffusion.fast import adapt
 from nanodiffusion.lora import add_lora, read_lora
-from nanodiffusion.nets.inpaint import InpaintTokens
 from nanodiffusion.nets.sd_unet import SDUNet, SDUNetConfig
 from nanodiffusion.noise import ldm
-from nanodiffusion.pretrained import FAMILIES, Bundle, load_adapter, replace_part
+from nanodiffusion.pretrained import FAMILIES, Bundle, load_adapter, load_tokens, replace_part
 from nanodiffusion.tasks import AdapterInput, Control, generate
 from nanodiffusion.text import CLIPText, CLIPTokenizer, TextConfig
 from nanodiffusion.text.inversion import load_inversion
@@ -54,12 +55,21 @@ WORDS = "a photo of picture the in style t-shirt / top trouser pullover dress co
 STYLE = (0.35, 0.35, 0.35)  # what is left of red, green and blue in the pictures of the style: dusk
 SUBJECT, START = "Sneaker", "coat"  # what the new word is learnt from, and the word it begins as
 EDGES = {"low": 100, "high": 200}
+GUIDANCE = 2.0  # of the base's pictures, and so of those that a student learns
+WALK = {"of": "karras", "original": 10}  # the ladder that it learns them on
 SHOWN = 10  # columns of a grid
+PITCH, ASIDE = 2 * SIDE + 2, 110  # pixels from row to row of a grid, and for the names beside the rows
+SHEET = {  # rows of the tasks' grids that are shown together
+    "controlnet": {0: "edges", 1: "ControlNet", 2: "without it"},
+    "inpaint": {1: "a hole", 2: "painted"},
+    "lora": {0: "LoRA off", 2: "strength 0.5", 3: "strength 1"},
+    "lcm": {0: "30 steps", 1: "4 steps", 2: "4, distilled"},
+}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How much of everything: pictures, words of `train` for each run, pictures that are measured."""
+    """How much of everything: pictures, words of `train` for each run, pictures that are measured, and of a distance."""
 
     garments: int
     codec: str
@@ -67,13 +77,13 @@ class Setting:
     base: str
     tune: dict[str, str]
     measured: int
+    counted: int
     steps: int
     classifier: int
 
 
-FAST = (
-    "validation=0 validate_every=0 sample_every=0 checkpoint_every=100000 sample.n=8 sample.steps=8 sample.guidance=2"
-)
+QUIET = "validation=0 validate_every=0 sample_every=0 checkpoint_every=100000 sample.n=8"
+FAST = f"{QUIET} sample.steps=8 sample.guidance=2"
 PAINT = "accumulate=1 lr=2e-3 ema=[] lr_schedule={name:linear,warmup:20} data.hole={name:boxes}"
 SETTINGS = {
     "small": Setting(
@@ -89,8 +99,12 @@ SETTINGS = {
             "inpaint_by_tokens": f"{FAST} steps=600 batch_size=32 {PAINT}",
             "lora": f"{FAST} steps=200 batch_size=16 lr=3e-3 lr_schedule.warmup=10",
             "textual_inversion": f"{FAST} steps=150 batch_size=16 lr=2e-2",
+            "lcm": f"{QUIET} steps=500 batch_size=32 accumulate=1 lr=1e-3 ema=[{{name:power,sigma_rel:0.1}}] "
+            "lr_schedule={name:linear,warmup:20} task.decay=0.9 weight={name:p2,gamma:0.5,k:0} "
+            "density={name:log_normal,mean:0.3,std:1.9}",
         },
         measured=120,
+        counted=1000,
         steps=12,
         classifier=400,
     ),
@@ -100,10 +114,11 @@ SETTINGS = {
         unet={"widths": (16, 32), "depths": (1, 1), "heads": (1, 2), "blocks": 1, "context_dim": 16, "groups": 8},
         base=f"{FAST} steps=4 batch_size=4 accumulate=1 ema=[{{name:power,sigma_rel:0.1}}]",
         tune=dict.fromkeys(
-            ("controlnet", "adapter", "inpaint", "inpaint_by_tokens", "lora", "textual_inversion"),
+            ("controlnet", "adapter", "inpaint", "inpaint_by_tokens", "lora", "textual_inversion", "lcm"),
             f"{FAST} steps=3 batch_size=4 accumulate=1 ema=[] lr=1e-3",
         ),
         measured=4,
+        counted=20,
         steps=2,
         classifier=4,
     ),
@@ -174,7 +189,7 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 def fresh(codec: Path, unet: SDUNetConfig, seed: int = 0) -> Bundle:
     """A checkpoint of Stable Diffusion's kind with our codec, and with a U-Net and a text encoder that know nothing yet."""
     torch.manual_seed(seed)
-    family = replace(FAMILIES["sd1"], size=SIDE, guidance=2.0)
+    family = replace(FAMILIES["sd1"], size=SIDE, guidance=GUIDANCE)
     tokenizer = CLIPTokenizer(*vocabulary())
     width = unet.context_dim
     clip = CLIPText(TextConfig(width, 2, 2, 2 * width, vocab=len(tokenizer), eos=tokenizer.end))
@@ -246,11 +261,18 @@ class Lab:
     def draw(self, bundle: Bundle, prompts: Sequence[str], **inputs: Any) -> np.ndarray:
         """Pictures (n h w 3) uint8 of prompts, picture i from seed i."""
         adapt(bundle.denoiser.net)
-        options = {"seeds": range(len(prompts)), "steps": self.setting.steps, "guidance": 2.0, "sampler": "dpmpp_2m"}
+        options = {"seeds": range(len(prompts)), "steps": self.setting.steps, "guidance": GUIDANCE}
+        options["sampler"] = "dpmpp_2m"
         with torch.no_grad():
             *_, last = generate(bundle, list(prompts), height=SIDE, width=SIDE, **{**options, **inputs})
             shown = (inputs["image"], inputs["mask"]) if "mask" in inputs else ()
             return np.stack([np.asarray(p) for p in pictures(bundle, last.x, *shown)])
+
+    def many(self, bundle: Bundle, **inputs: Any) -> np.ndarray:
+        """As many pictures (n h w 3) as a distance needs, of all captions in turn."""
+        prompts = [*islice(cycle(sorted({*self.captions})), self.setting.counted)]
+        parts = [range(k, min(k + 100, len(prompts))) for k in range(0, len(prompts), 100)]
+        return np.concatenate([self.draw(bundle, prompts[p.start : p.stop], seeds=p, **inputs) for p in parts])
 
     @torch.no_grad()
     def features(self, images: np.ndarray) -> Tensor:
@@ -295,6 +317,20 @@ def show(lab: Lab, task: str, *rows: np.ndarray) -> None:
     """Write TASK.png, a row of pictures for each."""
     shown = torch.cat([as_input(row[:SHOWN]) for row in rows])
     save_png(grid(shown, columns=min(SHOWN, len(rows[0]))), lab.home / f"{task}.png")
+
+
+def sheet(home: Path) -> None:
+    """Write tasks.png: the rows named in SHEET of what the tasks have drawn so far, in grey."""
+    drawn = {task: Image.open(home / f"{task}.png").convert("L") for task in SHEET if (home / f"{task}.png").exists()}
+    rows = [(drawn[task], k, name) for task in drawn for k, name in SHEET[task].items()]
+    if not rows:
+        return
+    page = Image.new("L", (ASIDE + rows[0][0].width, PITCH * len(rows)), 255)
+    pen, style = ImageDraw.Draw(page), {"font": ImageFont.load_default(14), "anchor": "rm"}
+    for i, (picture, k, name) in enumerate(rows):
+        page.paste(picture.crop((0, PITCH * k, picture.width, PITCH * k + 2 * SIDE)), (ASIDE, PITCH * i))
+        pen.text((ASIDE - 8, PITCH * i + SIDE), name, fill=0, **style)
+    save_png(page, home / "tasks.png")
 
 
 def edges(images: Iterable[Any]) -> np.ndarray:
@@ -364,9 +400,7 @@ def painted(lab: Lab, task: str) -> dict[str, Any]:
     real, mask = np.stack([np.asarray(p) for p in lab.unseen]), hole > 0
     inputs: dict[str, Any] = {"image": lab.unseen, "mask": Image.fromarray(hole)}
     if task == "inpaint_by_tokens":
-        tokens = InpaintTokens(bundle.config.context_dim, bundle.config.channels_out)
-        load_weights(tokens, load_tensors(run / "tokens.safetensors")[0], run)
-        inputs["tokens"] = tokens.eval()
+        inputs["tokens"] = load_tokens(run / "tokens.safetensors", "fp32", "cpu")
     made = lab.draw(bundle, lab.captions, **inputs)
     base = load(lab.base)
     before = lab.draw(base, lab.captions, image=lab.unseen, mask=Image.fromarray(hole))
@@ -426,6 +460,32 @@ def named(lab: Lab, task: str) -> dict[str, Any]:
     }
 
 
+def hurried(lab: Lab, task: str) -> dict[str, Any]:
+    """Four steps as good as thirty: Fréchet's distance to the pictures that the base has seen, by the number of steps."""
+    walk = [f"task.ladder={WALK['of']}", f"task.levels={WALK['original']}", "task.solver=heun", "task.rank=0"]
+    walk.append(f"sample.ladder={{name:lcm,of:{WALK['of']},original:{WALK['original']}}}")
+    guided = [f"task.w_min={GUIDANCE}", f"task.w_max={GUIDANCE}", "data.flip=false"]
+    run = lab.train("sd-lcm-lora", task, "shards", *walk, *guided)
+    base, student = load(lab.base), replace_part(load(lab.base), "unet", run / "unet")
+    quick = {"sampler": "lcm", "ladder": {"name": "lcm", **WALK}, "guidance": 1.0}
+    drawn = {f"base_{k}": lab.many(base, steps=k) for k in (30, 4)}
+    drawn |= {f"student_{k}": lab.many(student, steps=k, **quick) for k in (1, 2, 4, 8)}
+    show(lab, task, *(drawn[name] for name in ("base_30", "base_4", "student_4", "student_1")))
+    features = small_features("classifier", lab.classifier, "")
+    seen = moments(features(of_data(load_data("folder", path=str(lab.home / "pictures"), size=SIDE), "pictures")))
+    found = {name: lab.features(images) for name, images in drawn.items()}
+    without = {name: leave_out(x.double(), seen) for name, x in found.items()}
+    figures: dict[str, Any] = {"counted": lab.setting.counted}
+    for name, x in found.items():
+        figures |= {
+            f"distance_{name}": frechet(moments(x), seen),
+            f"distance_{name}_95": T_95 * jackknife(without[name]),
+        }
+    ratio = jackknife(without["student_4"] / without["base_30"])  # of the same seeds and captions
+    four, thirty = figures["distance_student_4"], figures["distance_base_30"]
+    return {**figures, "student_4_over_base_30": four / thirty, "student_4_over_base_30_95": T_95 * ratio}
+
+
 TASKS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
     "controlnet": controlled,
     "adapter": controlled,
@@ -433,6 +493,7 @@ TASKS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
     "inpaint_by_tokens": painted,
     "lora": styled,
     "textual_inversion": named,
+    "lcm": hurried,
 }
 
 
@@ -452,6 +513,7 @@ def main() -> None:
         started = time.process_time()
         figures = TASKS[task](lab, task)
         record(home, task, {**figures, "cpu_seconds": time.process_time() - started, "words": setting.tune[task]})
+    sheet(home)
 
 
 if __name__ == "__main__":

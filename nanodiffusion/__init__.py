@@ -22,7 +22,8 @@ _WHERE = {
     "train": "Trainer fit",
     "ema": "EMA PROFILES reconstruct",
     "pretrained": (
-        "Bundle load_adapter load_codec load_controlnet load_pretrained load_tiny save_diffusers save_part save_single"
+        "Bundle load_adapter load_codec load_controlnet load_pretrained load_tiny load_tokens replace_part save_diffusers "
+        "save_part save_single"
     ),
     "tasks": "AdapterInput Control GenerateConfig generate pictures",
     "lora": "add_lora new_lora read_lora save_lora",

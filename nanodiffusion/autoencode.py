@@ -15,7 +15,7 @@ from nanodiffusion.data import order
 from nanodiffusion.denoiser import DISTANCES, PRECISIONS, Cond
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.noise import Density
-from nanodiffusion.task import Task, check_net
+from nanodiffusion.task import Task, check_net, refuse_images
 from nanodiffusion.train import VALIDATION_SEED, Trainer
 
 SHOWN = 16  # images in a run's pictures
@@ -139,6 +139,7 @@ class Autoencode(Task):
     def check(self, model: Autoencoding, config: Config, shape: tuple[int, ...]) -> None:
         """UserError for a net of another size than the data's, and for keys that mean nothing here."""
         check_net(model.net, shape)
+        refuse_images(config.sample)
         lookup(DISTANCES, config.loss, "loss")
         if config.weight.get("name") != "one":
             fix = "leave weight out"

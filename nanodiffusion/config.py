@@ -62,6 +62,14 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class GridConfig(SampleConfig):
+    """How a run's own pictures are made, and of what the user gives: each list is as long as the longest, or of one for all."""
+
+    images: list[str] = field(default_factory=list)  # files that a control, or a picture with a hole, is made of
+    masks: list[str] = field(default_factory=list)  # of `images`, white = to be painted; [] = the data's own holes
+
+
+@dataclass(frozen=True)
 class Config(TrainConfig):
     """A whole run, from data to pictures: what a recipe file sets and what a checkpoint carries."""
 
@@ -92,7 +100,7 @@ class Config(TrainConfig):
     keep: int = 3  # rotating checkpoints
     patience: int = 0  # validations without improvement before the run stops; 0 = never
     trackers: list[str] = field(default_factory=list)  # tensorboard, mlflow, wandb
-    sample: SampleConfig = field(default_factory=SampleConfig)
+    sample: GridConfig = field(default_factory=GridConfig)
     overwrite: bool = False  # start afresh where another run's files lie
 
 
@@ -221,7 +229,19 @@ def validate(config: Config) -> None:
         raise UserError("unknown key data.split", key="data.split", fix="validate_every uses the test split")
     lookup(dict.fromkeys(("auto", "highest", "high", "medium")), config.matmul, "matmul")
     lookup(dict.fromkeys(("fp32", "bf16", "fp16")), config.precision, "precision")
+    _check_given(config.sample)
     validate_training(config)
+
+
+def _check_given(sample: GridConfig) -> None:
+    if sample.masks and not sample.images:
+        raise UserError("masks of no pictures", key="sample.masks", found=sample.masks, fix="sample.images=[...] too")
+    counts = {key: len(getattr(sample, key)) for key in ("prompts", "images", "masks")}
+    most = max(counts.values())
+    for key, n in counts.items():
+        if sample.images and n not in (0, 1, most):
+            expected = f"1 for all or {most}, as there are {max(counts, key=lambda k: counts[k])}"
+            raise UserError("not one for each picture", key=f"sample.{key}", expected=expected, found=n)
 
 
 def validate_training(config: TrainConfig) -> None:

@@ -46,6 +46,12 @@ class World:
             dist.all_reduce(x)
         return x
 
+    def part(self, n: int) -> tuple[Tensor, Tensor]:
+        """Which of n >= 1 things this process has (k), as many as every other, and which (k) count: those too many do not."""
+        each = -(-n // self.size)
+        mine = torch.arange(self.rank * each, (self.rank + 1) * each)
+        return mine % n, mine < n
+
     def max(self, number: int) -> int:
         """The largest number that any process says (a signal may reach one of them only)."""
         return self.largest(number)[0]

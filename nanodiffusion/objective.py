@@ -20,9 +20,10 @@ from nanodiffusion.config import Config, make
 from nanodiffusion.denoiser import PRECISIONS, Cond, Denoiser, edm
 from nanodiffusion.draw import CALLED, check_sampling, cycled, draw
 from nanodiffusion.errors import UserError
+from nanodiffusion.memory import at_work
 from nanodiffusion.nets import NETS, build_net
 from nanodiffusion.noise import DENSITIES, SCHEDULES, Density, Schedule
-from nanodiffusion.task import Task, check_net
+from nanodiffusion.task import Task, check_net, refuse_images
 from nanodiffusion.train import VALIDATION_SEED, Trainer
 
 VALIDATION_SAMPLES, VALIDATION_LEVELS = 512, 8
@@ -94,8 +95,9 @@ def decoded(codec: Any, x0: Tensor, batch: int = 16) -> Tensor:
     """Samples as images in [-1, 1], a few at a time: (b c h w) -> (b 3 H W); pixels and points (b d) as they are."""
     if isinstance(codec, PixelCodec):
         return x0
-    device = next(codec.parameters()).device
-    return torch.cat([codec.decode(part.to(device)).clamp(-1, 1).to(x0.device) for part in x0.split(batch)])
+    device = next(codec.parameters()).device if x0.device.type == "cpu" else x0.device
+    with at_work(codec, device, offload=True):  # one that stays behind on the CPU is there for as long as it is needed
+        return torch.cat([codec.decode(part.to(device)).clamp(-1, 1).to(x0.device) for part in x0.split(batch)])
 
 
 # -- diffusion models ----------------------------------------------------------------------------------------------------
@@ -130,6 +132,7 @@ class Denoise(Task):
         """UserError for what would be refused only after training on samples of `shape`."""
         check_net(model.net, shape)
         check_sampling(model, config.sample, make_schedule(config))
+        refuse_images(config.sample)
         if config.sample.prompts and "pooled" not in model.takes:
             fix = "leave sample.prompts out"
             raise UserError("this model takes no text", key="sample.prompts", found=config.net.get("name"), fix=fix)
@@ -216,19 +219,24 @@ def completed(x: Tensor, fixed: Fixed) -> Tensor:
 
 
 class Validator:
-    """Loss on held-out samples at fixed noise and fixed levels: the middles of equally likely parts of the density."""
+    """Loss on held-out samples at fixed noise and fixed levels: the middles of equally likely parts of the density.
+
+    Every process measures its part of the samples, and all ask their nets equally often, as sharded ones must be.
+    """
 
     def __init__(self, trainer: Trainer, data: Any, density: Density) -> None:
         device = trainer.world.device
         g = torch.Generator(device).manual_seed(VALIDATION_SEED)
         n = min(len(data), VALIDATION_SAMPLES)
-        self.trainer = trainer
+        self.trainer, self.n, data = trainer, n, data.to(device)
         index = torch.randperm(len(data), generator=g, device=device)[:n]
-        self.eps = torch.randn(n, *data.shape, generator=g, device=device)
+        eps = torch.randn(n, *data.shape, generator=g, device=device)
         # to know a part of a sample is a part of the task; other augmentation is not
         u = torch.rand(n, data.draws, generator=g, device=device) if "concat" in trainer.takes else None
-        self.x0, self.cond = data.to(device).batch(index, u)
-        self.cond = trainer.conditions(self.cond)
+        self.batches = []
+        for mine, counts in zip(*(part.to(device).split(trainer.micro_batch) for part in trainer.world.part(n))):
+            x0, cond = data.batch(index[mine], None if u is None else u[mine])
+            self.batches.append((x0, eps[mine], trainer.conditions(cond), counts))
         q = (torch.arange(VALIDATION_LEVELS, device=device) + 0.5) / VALIDATION_LEVELS
         self.levels = torch.quantile(density(2**14, g), q)
 
@@ -236,17 +244,11 @@ class Validator:
     def _per_level(self) -> list[float]:
         self.trainer.denoiser.eval()
         objective = self.trainer.plain_objective
-        size = self.trainer.micro_batch
-        totals = []
-        for sigma in self.levels:
-            losses = [
-                objective(
-                    x0, sigma.expand(len(x0)), eps, {k: v[i * size : (i + 1) * size] for k, v in self.cond.items()}
-                )
-                for i, (x0, eps) in enumerate(zip(self.x0.split(size), self.eps.split(size)))
-            ]
-            totals.append(torch.cat(losses).mean().item())
-        return totals
+        totals = torch.zeros_like(self.levels)
+        for i, sigma in enumerate(self.levels):
+            for x0, eps, cond, counts in self.batches:
+                totals[i] += (objective(x0, sigma.expand(len(x0)), eps, cond) * counts).sum()
+        return (self.trainer.world.sum(totals) / self.n).tolist()
 
     def row(self) -> dict[str, Any]:
         """val/loss and val/loss_per_sigma of the raw weights, and the same of the first average."""

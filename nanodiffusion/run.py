@@ -316,11 +316,12 @@ class Runner:
         return notes
 
     def _prompts(self, data: Any) -> list[str]:
-        """The words behind fixed["pooled"], where they are known."""
-        if not {"pooled", "ids"} & self.fixed.keys():
+        """The words behind what is fixed, where they are known."""
+        given = self.config.sample
+        if not {"pooled", "ids", "context"} & self.fixed.keys() or (given.images and not given.prompts):
             return []
         captions = [] if getattr(data, "prompts", None) is not None else getattr(data, "captions", [])
-        return list(self.config.sample.prompts or captions[: len(next(iter(self.fixed.values())))])
+        return list(given.prompts or captions[: len(next(iter(self.fixed.values())))])
 
     # folder and resume
 

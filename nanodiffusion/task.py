@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from nanodiffusion.config import Config
+from nanodiffusion.config import Config, GridConfig
 from nanodiffusion.errors import UserError
 from nanodiffusion.nets import net_flops
 
@@ -68,6 +68,13 @@ class Task:
     def flops(self, model: Any) -> int | None:
         """FLOPs of one forward pass of one sample, None where it is not known."""
         return net_flops(model.net)
+
+
+def refuse_images(sample: GridConfig) -> None:
+    """UserError for pictures that are given to a task that reads none."""
+    if sample.images:
+        fix = "leave sample.images out"
+        raise UserError("this task reads no picture", key="sample.images", found=sample.images, fix=fix)
 
 
 def check_net(net: nn.Module, shape: tuple[int, ...]) -> None:

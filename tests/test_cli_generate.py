@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from nanodiffusion import tasks as g
+from nanodiffusion.checkpoint import save_tensors
 from nanodiffusion.cli import main
 from nanodiffusion.cli.asked import (
     Helper,
@@ -31,7 +32,8 @@ from nanodiffusion.cli.digest import digest, file_digest
 from nanodiffusion.errors import UserError
 from nanodiffusion.lora import new_lora, save_lora
 from nanodiffusion.metadata import chunks, read_settings
-from nanodiffusion.pretrained import load_pretrained
+from nanodiffusion.nets.inpaint import InpaintTokens
+from nanodiffusion.pretrained import load_pretrained, load_tokens, replace_part
 from nanodiffusion.show import save_png
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,6 +57,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(
         {"emb_params": torch.randn(2, 64, generator=torch.Generator().manual_seed(3))}, folder / "thing.safetensors"
     )
+    tokens = InpaintTokens(64, positions=True).state_dict()
+    drawn = {name: torch.randn(v.shape, generator=torch.Generator().manual_seed(1)) for name, v in tokens.items()}
+    save_tensors(folder / "tokens.safetensors", drawn, {"positions": True})
     return folder
 
 
@@ -254,6 +259,20 @@ def test_our_settings_are_complete_and_one_pictures_own(run, tmp_path):
     assert told.keys() >= {f for f in keys() if f in g.GenerateConfig.__dataclass_fields__}
 
 
+def test_a_trained_u_net_and_its_tokens_draw_as_the_library_does(run, place, tmp_path):
+    other = sd_files.tree("sd1", seed=1) / "unet"
+    words = "image=photo.png mask=mask.png tokens=tokens.safetensors"
+    run(f"generate 'a cat' model=SD1 unet={other} {words} steps=2 negative=dog guidance=3 out=OUT/a.png")
+    bundle = replace_part(load_pretrained(sd_files.tree("sd1")), "unet", other)
+    tokens = load_tokens(place / "tokens.safetensors")
+    given: dict = {"image": Image.open(place / "photo.png"), "mask": Image.open(place / "mask.png")}
+    *_, last = g.generate(bundle, "a cat", steps=2, negative="dog", guidance=3.0, tokens=tokens, **given)
+    assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(g.pictures(bundle, last.x, **given)[0]))
+    settings = read_settings(tmp_path / "a.png")
+    assert settings["unet"] == {"file": str(other), "sha256": digest([*other.glob("*.safetensors")])}
+    assert settings["tokens"] == {"file": "tokens.safetensors", "sha256": digest([place / "tokens.safetensors"])}
+
+
 # ---- the same again
 
 XL = f"model=SDXL {QUICK} original_size=[512,256] crop=[8,0] negative_target_size=[32,32] clip_skip=1"
@@ -270,6 +289,8 @@ TASKS = {
     "adapter=ADAPTER:photo.png:0.7",
     "lora": f"'a thing' model=SD1 {QUICK} lora=style.safetensors:0.7 lora=style.safetensors embedding=thing.safetensors",
     "vae": f"'a cat' model=SD1 {QUICK} vae=VAE precision=bf16 timesteps=[900,400]",
+    "tokens": "'a cat' model=SD1 steps=2 unet=OTHER tokens=tokens.safetensors lora=style.safetensors image=photo.png "
+    "mask=mask.png",
     "frames": f"'a cat' 'red sea' model=SD1 {QUICK} frames=3 seeds=[1,5] sampler=euler_ancestral",
 }
 
@@ -277,6 +298,7 @@ TASKS = {
 @pytest.mark.parametrize("task", TASKS)
 def test_every_picture_can_be_made_again_to_the_bit(run, tmp_path, task):
     parts = {"CONTROL": part("controlnet"), "ADAPTER": part("adapter"), "VAE": part("vae", "sdxl")}
+    parts["OTHER"] = sd_files.tree("sd1", seed=1) / "unet"
     typed = TASKS[task]
     for name, path in parts.items():
         typed = typed.replace(name, str(path))
@@ -326,26 +348,31 @@ def test_inputs_are_found_beside_the_picture(run, place, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["other", "missing"])
-@pytest.mark.parametrize("key", ["image", "lora", "control", "model"])
+@pytest.mark.parametrize(
+    "key", ["image", "lora", "control", "model", *(pytest.param(k, marks=pytest.mark.slow) for k in ("unet", "tokens"))]
+)
 def test_a_file_that_is_not_what_it_was_is_named(run, place, tmp_path, capsys, key, change):
     import shutil
 
-    for name in ("photo.png", "style.safetensors"):
+    for name in ("photo.png", "mask.png", "style.safetensors", "tokens.safetensors"):
         shutil.copy(place / name, tmp_path)
+    shutil.copytree(sd_files.tree("sd1") / "unet", tmp_path / "trained")
     shutil.copytree(part("controlnet"), tmp_path / "net")
     shutil.copytree(sd_files.tree("sd1"), tmp_path / "model")
-    words = "image=OUT/photo.png lora=OUT/style.safetensors control=OUT/net:photo.png"
-    run(f"generate 'a cat' model=OUT/model steps=1 {words} out=OUT/a.png")
+    words = "image=OUT/photo.png lora=OUT/style.safetensors control=OUT/net:photo.png mask=mask.png unet=OUT/trained"
+    run(f"generate 'a cat' model=OUT/model steps=1 {words} tokens=OUT/tokens.safetensors out=OUT/a.png")
     weights = "diffusion_pytorch_model.safetensors"
     names = {
         "image": "photo.png",
         "lora": "style.safetensors",
+        "tokens": "tokens.safetensors",
         "control": f"net/{weights}",
+        "unet": f"trained/{weights}",
         "model": f"model/unet/{weights}",
     }
     file = tmp_path / names[key]
     if change == "missing":
-        (file if key in ("image", "lora") else tmp_path / names[key].split("/")[0]).rename(tmp_path / "gone")
+        (file if file.parent == tmp_path else tmp_path / names[key].split("/")[0]).rename(tmp_path / "gone")
     elif key == "image":
         Image.new("RGB", (64, 64)).save(file)
     else:
@@ -541,6 +568,13 @@ def test_info_explains_textual_inversions(run, tmp_path):
     said = told(run, tmp_path / "xl.safetensors")
     assert "clip_g 2 vectors of 1280" in said and "SDXL" in said
     assert "token <cat>" in told(run, tmp_path / "two.safetensors")
+
+
+def test_info_explains_inpainting_tokens(run, place, tmp_path):
+    said = told(run, place / "tokens.safetensors")
+    assert "what inpainting tokens" in said and "positions true" in said
+    save_file(InpaintTokens(768).state_dict(), tmp_path / "t.safetensors")
+    assert "family Stable Diffusion 1.x" in told(run, tmp_path / "t.safetensors")
 
 
 def test_info_explains_pictures_of_ours_and_of_others(run, tmp_path):

@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "nano_sdxl"
 SLURM = FOLDER / "train.slurm"
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
+CANNY = {"train_type": None, "controlnet": "canny"}
 LEAST = {"output_dir": "runs/x", "train_shards": "shards", "train_type": "unet_text_to_image"}
 
 
@@ -88,6 +89,11 @@ ROWS = [
     ({"num_validation_images": 3}, "sample.n", 3),
     ({"num_validation_images": 3, "validation_prompts": ["a", "b"]}, "sample.n", 6),
     ({"validation_prompts": "a cat"}, "sample.prompts", ["a cat"]),
+    ({}, "sample.images", []),
+    ({**CANNY, "validation_images": "a.png"}, "sample.images", ["a.png"]),
+    ({**CANNY, "validation_images": ["a.png", "b.png"]}, "sample.images", ["a.png", "b.png"]),
+    ({**CANNY, "validation_images": ["a.png", "b.png"], "validation_prompts": ["a", "b"]}, "sample.n", 4),
+    ({**CANNY, "validation_images": ["a.png", "b.png"]}, "sample.n", 4),
     ({}, "sample.sampler.name", "euler"),
     ({}, "sample.guidance", 5.0),
     ({}, "checkpoint_every", 1000),
@@ -146,7 +152,11 @@ def kind_keys(kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_a_task_and_data_of_ours(kind):
     task, control, hole, loader = KINDS[kind]
-    recipe = translated(**kind_keys(kind), dataloader=f"data.{loader}")
+    made = {"canny": "controlnet_canny", "inpainting": "controlnet_inpainting"}.get(control, "unet_inpainting")
+    told = (
+        {} if kind == "unet_text_to_image" else {"validation_image_conditioning": f"data.get_{made}_conditioning_image"}
+    )
+    recipe = translated(**kind_keys(kind), dataloader=f"data.{loader}", **told)
     assert recipe == translated(**kind_keys(kind))  # which implies it
     assert recipe["task"]["name"] == task and recipe["task"].keys() <= option_types(FINETUNES[task]).keys() | {"name"}
     assert recipe["data"].keys() - {"name"} <= option_types(pictures).keys()
@@ -204,6 +214,20 @@ BAD = {
     "a foreign optimizer's state": ({"optimizer_resume_from": "optimizer.bin"}, "leave it out"),
     "a foreign average": ({"ema_unet_resume_from": "ema_unet.bin"}, "leave it out"),
     "a step to start at": ({"start_step": 500}, "leave it out"),
+    "pictures for a kind that reads none": ({"validation_images": ["a.png"]}, "validation_images"),
+    "pictures made by the user's code": ({**CANNY, "validation_image_conditioning": "my.edges"}, "code is not read"),
+    "pictures made into another thing": (
+        {**CANNY, "validation_image_conditioning": "data.get_controlnet_inpainting_conditioning_image"},
+        "get_controlnet_canny_conditioning_image",
+    ),
+    "pictures made into a thing where none is read": (
+        {"validation_image_conditioning": "data.get_controlnet_canny_conditioning_image"},
+        "validation_image_conditioning",
+    ),
+    "2 pictures and 3 prompts": (
+        {**CANNY, "validation_images": ["a.png", "b.png"], "validation_prompts": ["a", "b", "c"]},
+        "key validation_images",
+    ),
     "prompts that are none": ({"validation_prompts": [1]}, "validation_prompts"),
     "no checkpoints kept": ({"checkpoints_total_limit": 0}, "checkpoints_total_limit"),
 }
@@ -421,7 +445,9 @@ MADE = {"text_to_image": "unet", "inpaint": "unet", "inpaint_by_tokens": "tokens
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_trains_and_leaves_what_it_makes(tmp_path, shards, kind, capsys):
-    file = config_of(tmp_path, shards, **kind_keys(kind), validation_prompts=["a red cat"])
+    Image.fromarray(skimage.data.coffee()).save(tmp_path / "coffee.png")
+    given = {} if kind == "unet_text_to_image" else {"validation_images": str(tmp_path / "coffee.png")}
+    file = config_of(tmp_path, shards, **kind_keys(kind), validation_prompts=["a red cat"], **given)
     assert theirs.main(["--config_path", file]) == 0, capsys.readouterr().err
     run, task = tmp_path / "run", KINDS[kind][0]
     assert (run / MADE.get(task, task)).exists() and (run / "samples.png").exists()

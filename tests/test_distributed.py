@@ -1,17 +1,15 @@
 """Two gloo processes against one: the same losses, the same weights, one writer, one decision to stop."""
 
-import json
 import os
-import socket
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import IMAGES, POINTS, images, make_runner, rows, saved
+from torch.testing import assert_close
 
 from nanodiffusion.checkpoint import latest
 from nanodiffusion.distributed import World, launch, pick_device, world
@@ -19,7 +17,7 @@ from nanodiffusion.errors import UserError
 from nanodiffusion.train import Step
 
 ONE = 1e-6  # between the same sums in another order
-STEPS = 32
+STEPS = 20
 
 
 def cases(folder: Path) -> dict[str, dict[str, Any]]:
@@ -28,7 +26,7 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
     Some of the U-Net's gradients are little more than rounding errors (a bias before a group norm of one channel a
     group), which Adam divides by their own size, cut in one process or over two: it is trained with SGD.
     """
-    points = {**POINTS, "batch_size": 32, "steps": STEPS, "validate_every": 20, "validation": 0.2, "lr": 1e-3}
+    points = {**POINTS, "batch_size": 32, "steps": STEPS, "validate_every": 12, "validation": 0.25, "lr": 1e-3}
     plain = {**IMAGES["net"], "dropout": 0.0}
     pictures = {**IMAGES, "net": plain, "data": images(folder), "steps": STEPS, "clip": 1.0}
     pictures |= {"optimizer": {"name": "SGD", "momentum": 0.9}, "lr": 0.02}
@@ -64,7 +62,7 @@ def follow(out: Path, options: dict[str, Any], here: World, signal_at: int = 0, 
     }
 
 
-def work(out: Path) -> None:
+def work(out: Path) -> list[dict[str, Any]]:
     """Everything that the tests ask two processes for, in one go: starting them costs more than all of it."""
     with world("cpu") as here:
         found: dict[str, Any] = {"size": here.size, "rank": here.rank, "largest": here.max(here.rank + 5)}
@@ -80,32 +78,15 @@ def work(out: Path) -> None:
         found["dropout"] = follow(out / "dropout-whole", with_dropout, here)
         follow(out / "dropout-cut", with_dropout, here, signal_at=5 * (1 - here.rank))
         found["dropout, cut"] = follow(out / "dropout-cut", with_dropout, here)
-    (out / f"rank-{here.rank}.json").write_text(json.dumps(found))
+        return here.told(found)
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> dict[str, Any]:
+def two(tmp_path_factory, one_thread) -> dict[str, Any]:
     """What both ranks saw, and the folder of it all; a run of one process stopped half way lies in it for them."""
     out = tmp_path_factory.mktemp("two")
-    options = cases(out)["points"]
-    follow(out / "cut", options, World(), signal_at=STEPS // 2)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, __file__, str(out)]
-    ranks = [
-        subprocess.Popen(command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE)
-        for r in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
-    return {"out": out, "ranks": [json.loads((out / f"rank-{r}.json").read_text()) for r in range(2)]}
+    follow(out / "cut", cases(out)["points"], World(), signal_at=STEPS // 2)
+    return {"out": out, "ranks": launch(lambda: work(out))}
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +122,23 @@ def test_two_processes_end_with_the_weights_of_one(one, two, name):
     assert two["ranks"][0][name]["weight"] == two["ranks"][1][name]["weight"]
 
 
+@pytest.mark.parametrize("name", ["points", pytest.param("images", marks=pytest.mark.slow)])
+def test_four_processes_end_with_the_weights_of_two_and_of_one(name, tmp_path, one_thread):
+    """Of a batch in four micro-batches: 1 process x 4, 2 x 2, 4 x 1."""
+    options = cases(tmp_path)[name]
+
+    def train(processes: int) -> None:
+        with world("cpu") as here:
+            follow(tmp_path / str(processes), {**options, "accumulate": 4 // processes}, here)
+
+    for processes in (1, 2, 4):
+        launch(train, (processes,), processes)
+    ours, *others = (saved(tmp_path / f"{n}/run")[0] for n in (1, 2, 4))
+    weights = [name for name in ours if not name.startswith("optimizer")]
+    for theirs in others:
+        assert_close({k: theirs[k] for k in weights}, {k: ours[k] for k in weights}, rtol=0, atol=ONE)
+
+
 def test_rows_of_two_processes_are_those_of_one(one, two):
     ours, theirs = (rows(two["out"] / kind / "points/run") for kind in ("one", "two"))
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]  # once each: one rank writes
@@ -148,6 +146,30 @@ def test_rows_of_two_processes_are_those_of_one(one, two):
         assert a.keys() == b.keys()
         for key in a:
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=ONE), key
+
+
+def validated(out: Path, here: World) -> dict[str, Any]:
+    """Validations of 7 samples, by a net that is whole and one in parts, and of 2."""
+    found = {}
+    for kind, share in (("ddp", 0.12), ("fsdp", 0.12), ("fsdp", 0.03)):
+        more = {"batch_size": 6, "validate_every": 1, "validation": share, "parallel": kind}
+        runner = make_runner(out / f"{kind}-{share}", POINTS, more, world=here)
+        found[f"{kind}, {runner.validator.n}"] = runner.validator.row()
+    return found
+
+
+def test_three_processes_share_a_validation_that_does_not_divide(tmp_path):
+    """Batches of 2 and 1 on the first two, one on the third; and of two samples none that counts on the third."""
+
+    def work() -> dict[str, Any]:
+        with world("cpu") as here:
+            return validated(tmp_path / "three", here)
+
+    ours, theirs = validated(tmp_path / "one", World()), launch(work, (), 3)
+    assert ours.keys() == theirs.keys() == {"ddp, 7", "fsdp, 7", "fsdp, 2"}
+    for name, row in ours.items():
+        assert row.keys() == theirs[name].keys()
+        assert all(theirs[name][key] == pytest.approx(row[key], rel=0, abs=ONE) for key in row), name
 
 
 def test_a_checkpoint_of_one_process_continues_in_two(one, two):
@@ -235,7 +257,7 @@ def test_launch_of_one_process_is_a_call():
 
 def test_an_error_of_a_launched_rank_reaches_the_caller():
     with pytest.raises(RuntimeError, match="rank 1 of 2: ValueError: no luck") as e:
-        launch(fall)
+        launch(lambda: fall())
     assert "in fall" in str(e.value)  # the traceback of the other process
 
 
@@ -292,12 +314,3 @@ def test_torchrun_starts_the_command_line(tmp_path):
         done = subprocess.run([*launcher, *words], capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr
     assert latest(tmp_path / "swissroll/checkpoint").step == 20
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    try:
-        work(Path(sys.argv[1]))
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)  # the other one must not wait for us

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import weakref
 from hashlib import sha256
 from pathlib import Path
@@ -34,7 +33,7 @@ from nanodiffusion.pretrained import load_codec
 from nanodiffusion.pretrained.architecture import vae_json
 from nanodiffusion.text import open_text
 from tests.test_shards import FAULTS, dirty_set
-from tests.tiny import IMAGES, make_runner
+from tests.tiny import IMAGES, dies_at_sync, forked, make_runner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -372,7 +371,7 @@ def test_no_more_pictures_than_a_batch_are_in_memory(monkeypatch, tmp_path):
             yield Found(f"{i}", "", i % 2, x)
 
     source = Source(("0",), read, ("a", "b"), 8, 1)
-    monkeypatch.setattr("nanodiffusion.encode.open_source", lambda *args: source)
+    monkeypatch.setattr("nanodiffusion.encode.encoder.open_source", lambda *args: source)
     assert encode(tmp_path / "x", source="made", batch=4, part=20)["count"] == 60
     assert alive == [0] and 1 <= most[0] <= 6
     assert np.load(tmp_path / "x/latents.npy")[:, 0, 0, 0].tolist() == list(range(60))
@@ -440,34 +439,6 @@ def test_a_setting_by_another_name_is_another_encoding(place, tmp_path):
 
 
 # As a program: one import of torch for all the forks.
-
-
-def forked(work):
-    """A child that does `work`; 0 when it is done."""
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return pid
-
-
-def dies_at_sync(number):
-    """Arrange that this process kills itself at its `number`-th fsync: while a file is written."""
-    fsync, calls = os.fsync, iter(range(1, sys.maxsize))
-
-    def counted(fd):
-        if next(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        fsync(fd)
-
-    os.fsync = counted
 
 
 def harassed(folder, options, kills, seed=0):

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from examples import fine_tuning
+from nanodiffusion import grid, save_png
 from nanodiffusion.checkpoint import load_tensors
 from nanodiffusion.pretrained import load_pretrained
 
@@ -27,7 +29,8 @@ def test_a_base_of_our_own_and_every_task_on_it(tmp_path: Path, monkeypatch: pyt
     assert figures["inpaint"]["untouched_outside"] and figures["inpaint_by_tokens"]["untouched_outside"]
     assert figures["lora"]["strength_0_is_the_base"]
     assert figures["textual_inversion"]["rows_learnt"] == 1 and figures["textual_inversion"]["other_rows_unchanged"]
-    for task in fine_tuning.TASKS:
+    assert figures["lcm"]["counted"] == 20 and figures["lcm"]["student_4_over_base_30"] > 0
+    for task in (*fine_tuning.TASKS, "tasks"):
         assert Image.open(home / f"{task}.png").size > (32, 32)
 
     base, start = (load_pretrained(home / name, "fp32", "cpu") for name in ("base", "fresh"))
@@ -37,6 +40,23 @@ def test_a_base_of_our_own_and_every_task_on_it(tmp_path: Path, monkeypatch: pyt
     for part in ("vae/diffusion_pytorch_model", "text_encoder/model"):  # what is not trained is passed on bit for bit
         old, new = (load_tensors(home / name / f"{part}.safetensors")[0] for name in ("fresh", "base"))
         assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_the_sheet_shows_the_rows_it_names(tmp_path: Path):
+    fine_tuning.sheet(tmp_path)
+    assert not (tmp_path / "tasks.png").exists()
+    drawn = {}
+    for task in ("lora", "lcm"):  # the others are not there yet
+        rows = np.random.default_rng(len(task)).integers(0, 256, (4, 3, 32, 32, 3), np.uint8)
+        save_png(grid(torch.cat([fine_tuning.as_input(row) for row in rows]), columns=3), tmp_path / f"{task}.png")
+        drawn[task] = np.asarray(Image.open(tmp_path / f"{task}.png").convert("L"))
+    fine_tuning.sheet(tmp_path)
+    page, pitch = np.asarray(Image.open(tmp_path / "tasks.png")), fine_tuning.PITCH
+    expected = [drawn[task][k * pitch :][:64] for task in drawn for k in fine_tuning.SHEET[task]]
+    assert page.shape[0] == pitch * len(expected)
+    for i, row in enumerate(expected):
+        np.testing.assert_array_equal(page[i * pitch :][:64, fine_tuning.ASIDE :], row)
+        assert page[i * pitch :][:64, : fine_tuning.ASIDE].min() == 0  # its name
 
 
 def test_edges_a_pixel_apart_are_the_same_and_others_are_not():

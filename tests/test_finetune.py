@@ -15,9 +15,10 @@ from torch import Tensor
 from nanodiffusion.config import make, read_config
 from nanodiffusion.errors import UserError
 from nanodiffusion.finetune import FINETUNES
-from nanodiffusion.finetune.base import NO_TEXT, Prepared, posterior_noise
+from nanodiffusion.finetune.base import Prepared, posterior_noise
 from nanodiffusion.objective import make_density
 from nanodiffusion.pretrained import load_pretrained
+from nanodiffusion.text.reader import NO_TEXT
 from nanodiffusion.train import Trainer
 from tests import sd_files
 from tests.reference import in_float64
@@ -304,9 +305,9 @@ def test_a_fresh_addition_changes_nothing_yet(task, family):
 def test_only_the_new_rows_of_the_table_are_trained():
     trainer = trainer_of("textual_inversion", lr=1e-1, task_token="<thing>", task_start="a", task_vectors=3)
     model: Any = trainer.denoiser
-    table = model.encoders[0].text_model.embeddings.token_embedding
+    table = model.reader.encoders[0].text_model.embeddings.token_embedding
     frozen, rows = table.frozen.clone(), table.rows.detach().clone()
-    _, word, _ = model.text.parts[0].tokenizer.encode("a")
+    _, word, _ = model.reader.text.parts[0].tokenizer.encode("a")
     torch.testing.assert_close(rows, frozen[word].expand(3, -1), rtol=0, atol=0)
     for _ in trainer:
         pass
@@ -345,7 +346,7 @@ def test_noise_of_the_posterior_is_a_function_of_its_own_u():
 def test_ids_of_no_text_are_marked_only_where_zeros_stand_for_it():
     for family, zeros in (("sd1", False), ("sdxl", True)):
         model: Any = trainer_of("lora", family).denoiser
-        ids = model.tokens(["", "a cat"])
+        ids = model.reader.tokens(["", "a cat"])
         assert bool((ids[0] == NO_TEXT).all()) is zeros and not (ids[1] == NO_TEXT).any()
 
 
@@ -424,7 +425,7 @@ def test_a_trained_unet_keeps_the_natural_size_of_its_base(task, shallow, tmp_pa
 
 def test_a_new_word_begins_as_a_word_of_one_token():
     model: Any = trainer_of("textual_inversion", task_start="cat").denoiser
-    part = model.text.parts[0]
+    part = model.reader.text.parts[0]
     table = part.net.text_model.embeddings.token_embedding
     _, word, _ = part.tokenizer.encode("cat")
     torch.testing.assert_close(table.rows.detach(), table.frozen[[word]], rtol=0, atol=0)

@@ -16,6 +16,7 @@ import pytest
 import sd_files
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from PIL import Image
 from sd import randomise
 from torch.testing import assert_close
@@ -391,15 +392,55 @@ def test_controlnet_and_adapter_together_are_the_references_modules_together():
     check(state.x0, x0_by_reference("sd1", job, context, **both), 1e-5)
 
 
-def test_inpainting_tokens_follow_the_text_in_the_context():
-    bundle, tokens = ours("sd1"), InpaintTokens(ours("sd1").denoiser.net.config.context_dim)
-    job, state = first(bundle, prompt="a cat", guidance=1.0, image=picture(1), mask=hole(), tokens=tokens)
-    mask, masked = concat_by_reference("sd1", picture(1), hole()).split([1, 4], 1)
-    with torch.no_grad():
+PAINT = {"prompt": "a cat", "image": picture(1), "mask": hole()}
+
+
+@cache
+def inpaint_tokens(family, positions=False):
+    """Tokens at random, and what they are of PAINT (1 64 d) by the formula, the latent by the reference's VAE."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        tokens = InpaintTokens(ours(family).config.context_dim, positions=positions)
+        mask, masked = concat_by_reference(family, picture(1), hole()).split([1, 4], 1)
         pixels = masked.flatten(2).mT @ tokens.conditioning_image_proj.weight.T + tokens.conditioning_image_proj.bias
         known = tokens.conditioning_image_mask_embeddings.weight[mask.flatten(1).long()]
-    context = torch.cat([context_of("sd1", "a cat"), pixels + known], 1)
-    check(state.x0, x0_by_reference("sd1", job, context), 1e-5)
+    places = get_2d_sincos_pos_embed(known.shape[2], 8, base_size=8, output_type="pt").float() if positions else 0
+    return tokens, pixels + known + places
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_inpainting_tokens_follow_the_text_for_the_prompt_and_the_negative_one(positions):
+    tokens, known = inpaint_tokens("sd1", positions)
+    job, state = first(ours("sd1"), **PAINT, tokens=tokens, negative="a dog", guidance=3.0)
+    contexts = (torch.cat([context_of("sd1", text), known], 1) for text in ("a cat", "a dog"))
+    told, untold = (x0_by_reference("sd1", job, context) for context in contexts)
+    check(state.x0, untold + 3 * (told - untold), 1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["heun", pytest.param("dpmpp_2m_sde", marks=pytest.mark.slow)])
+def test_inpainting_tokens_are_the_same_at_every_call_of_the_u_net(sampler):
+    (tokens, known), bundle, seen = inpaint_tokens("sdxl"), ours("sdxl"), []
+    hook = bundle.denoiser.net.register_forward_pre_hook(lambda _, x, kw: seen.append(kw["context"]), with_kwargs=True)
+    run(bundle, **PAINT, tokens=tokens, guidance=3.0, n=2, steps=3, sampler=sampler)
+    hook.remove()
+    text = context_of("sdxl", "a cat")
+    rows = torch.cat([torch.cat([c, known], 1).expand(2, -1, -1) for c in (text, torch.zeros_like(text))])
+    assert len(seen) == {"heun": 5, "dpmpp_2m_sde": 3}[sampler]
+    for context in seen:
+        torch.testing.assert_close(context, rows, rtol=1e-4, atol=1e-4)
+
+
+def test_a_controlnet_reads_the_text_and_not_the_inpainting_tokens():
+    (tokens, known), (mine, theirs) = inpaint_tokens("sd1"), control("sd1")
+    controls = (g.Control(mine, picture(3), 0.6),)
+    job, state = first(ours("sd1"), **PAINT, tokens=tokens, guidance=1.0, controls=controls)
+    text, sigma = context_of("sd1", "a cat"), job.sigmas[0]
+    scaled, t = (job.x / (sigma**2 + 1) ** 0.5).float(), ours("sd1").schedule.t(sigma[None]).float()
+    hint = torch.from_numpy(np.array(picture(3)) / 255).permute(2, 0, 1)[None].float()
+    with torch.no_grad():
+        down, mid = theirs(scaled, t, text, hint, conditioning_scale=0.6, return_dict=False)
+    more = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    check(state.x0, x0_by_reference("sd1", job, torch.cat([text, known], 1), **more), 1e-5)
 
 
 def test_a_pass_through_u_net_and_a_pre_encoded_controlnet_read_mask_and_masked_latent():
@@ -668,7 +709,10 @@ SMALL = Image.new("RGB", (56, 64))
         ({"prompt": "a", "image": []}, "an empty list of pictures"),
         ({"prompt": "a", "mask": hole()}, "a mask needs a picture"),
         ({"prompt": "a", "image": picture(0), "mask": hole((64, 72))}, "a picture of another size"),
-        ({"prompt": "a", "image": picture(0), "tokens": InpaintTokens(32)}, "inpainting tokens need"),
+        ({"prompt": "a", "image": picture(0), "tokens": InpaintTokens(64)}, "inpainting tokens need"),
+        ({"prompt": "a", "tokens": InpaintTokens(64)}, "inpainting tokens need"),
+        ({**PAINT, "tokens": InpaintTokens(32)}, "inpainting tokens are of another U-Net"),
+        ({**PAINT, "tokens": InpaintTokens(64, channels=8)}, "inpainting tokens are of another U-Net"),
         ({"prompt": "a", "crop": [3, 4]}, "take no sizes"),
         ({"prompt": "a", "frames": 3, "n": 2}, "frames and n exclude each other"),
         ({"prompt": "a", "guidance_interval": [1.0]}, "an interval has two ends"),
@@ -680,6 +724,12 @@ SMALL = Image.new("RGB", (56, 64))
 def test_what_cannot_be_asked_is_said_in_a_few_lines(call, message):
     with pytest.raises(UserError, match=message) as e:
         [*g.generate(ours("sd1"), **call)]
+    assert len(str(e.value).splitlines()) <= 6
+
+
+def test_a_u_net_that_reads_the_picture_takes_no_tokens():
+    with pytest.raises(UserError, match="by itself, not by tokens") as e:
+        [*g.generate(ours("sd1", inpaint=True), **PAINT, tokens=InpaintTokens(64))]
     assert len(str(e.value).splitlines()) <= 6
 
 

@@ -512,6 +512,21 @@ def test_shards_at_addresses_are_fetched_once_and_then_open_offline(
     assert len(list((cache / "shards").glob("*.tar"))) == 2 and not list((cache / "shards").glob(".*"))
 
 
+def test_a_picture_of_the_users_own_at_an_address_is_fetched_once(
+    site: tuple[str, list[str]], photos: str, tmp_path: Path
+) -> None:
+    url, asked = site
+    (tmp_path / "coffee.png").write_bytes(photo_png("coffee"))
+    data = pictures(photos, size=32)
+    here = data.own([str(tmp_path / "coffee.png")], [], ["a cup"]).batch(torch.arange(1))[0]
+    for _ in range(2):
+        there = data.own([f"{url}/coffee.png"], [], ["a cup"])
+        torch.testing.assert_close(there.batch(torch.arange(1))[0], here, rtol=0, atol=0)
+    assert asked == ["/coffee.png"] and there.captions == ("a cup",)
+    with pytest.raises(UserError, match="cannot be had"):
+        data.own([f"{url}/gone.png"], [], ["a cup"])
+
+
 def test_of_many_who_open_an_address_at_once_one_fetches_it(site: tuple[str, list[str]], photos: str) -> None:
     url, asked = site
     with ThreadPoolExecutor(4) as pool:

@@ -4,15 +4,13 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import AVERAGES, IMAGES, POINTS, differences, images, make_runner, rows, saved
+from tiny import AVERAGES, IMAGES, KINDS, POINTS, differences, harassed, images, make_runner, rows, saved
 from torch.testing import assert_close
 
 from nanodiffusion.checkpoint import checkpoints, load_tensors
@@ -66,40 +64,23 @@ def options(request, tmp_path) -> dict[str, Any]:
 # -- SIGKILL ---------------------------------------------------------------------------------------------------------
 
 
-def harassed(tmp_path: Path, kills: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Counts of what tiny.harass did to a run of points and one of images, each found equal to the undisturbed run."""
+def check_kills(folder: Path, kills: int, steps: int, least: int) -> None:
+    """At least that many SIGKILLs of a run of points and one of images, a quarter inside a save, or equality says little."""
     points = {**POINTS, **BUSY, "checkpoint_every": 1, "steps": 2 * steps}
-    pictures = {**IMAGES, **BUSY, "checkpoint_every": 1, "steps": steps, "data": images(tmp_path)}
-    job = {"out": str(tmp_path), "runs": {"points": [points, kills, 1], "images": [pictures, kills, 2]}}
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, str(Path(__file__).with_name("tiny.py")), str(tmp_path / "job.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    for name in job["runs"]:
-        assert differences(tmp_path / name / "whole/run", tmp_path / name / "killed/run") == []
-        assert len(rows(tmp_path / name / "whole/run")) >= 4
-    return json.loads(done.stdout)
-
-
-def check_kills(counts: dict[str, dict[str, Any]], least: int) -> None:
-    """At least that many SIGKILLs, a quarter of them inside a save, or the equality says little."""
-    print(json.dumps(counts))
-    kills, inside, terms = (
-        sum(c[k] for c in counts.values() for k in keys)
-        for keys in (("timed", "at_sync"), ("inside_a_save",), ("terms",))
-    )
-    assert kills >= least and inside >= least // 4 and terms > 0
-    assert all(c["timed"] + c["at_sync"] >= least // 4 for c in counts.values())
+    pictures = {**IMAGES, **BUSY, "checkpoint_every": 1, "steps": steps, "data": images(folder)}
+    counts = harassed(folder, {"points": [points, kills, 1], "images": [pictures, kills, 2]}).values()
+    each = [sum(c[k] for k in KINDS) for c in counts]
+    inside, terms = (sum(c[key] for c in counts) for key in ("inside_a_save", "signal"))
+    assert sum(each) >= least and inside >= least // 4 and terms > 0 and min(each) >= least // 4
 
 
 def test_a_run_killed_again_and_again_ends_bit_by_bit_as_undisturbed(tmp_path):
-    check_kills(harassed(tmp_path, 8, 14), 12)
+    check_kills(tmp_path, 8, 14, 12)
 
 
 @pytest.mark.slow
 def test_a_run_killed_a_hundred_times_ends_bit_by_bit_as_undisturbed(tmp_path):
-    check_kills(harassed(tmp_path, 80, 160), 100)
+    check_kills(tmp_path, 80, 160, 100)
 
 
 # -- resuming --------------------------------------------------------------------------------------------------------
@@ -261,20 +242,20 @@ def test_validation_rows_equal_a_loss_computed_by_hand(tmp_path):
         "ema": [{"name": "constant", "decay": 0.8}],
     }
     runner = make_runner(tmp_path, options)
-    held_out = runner.validator
+    ((x0, eps, _, counts),) = runner.validator.batches
     runner.run()
     row = next(r for r in rows(tmp_path / "run") if "val/loss" in r)
-    assert len(held_out.x0) == 15 and len(row["val/sigma"]) == 8
+    assert len(x0) == 15 and counts.all() and len(row["val/sigma"]) == 8
     train = {tuple(p) for p in runner.data.x.tolist()}
-    assert not train & {tuple(p) for p in held_out.x0.tolist()}  # held out
+    assert not train & {tuple(p) for p in x0.tolist()}  # held out
     for weights, key in (("model", "val/"), ("ema-0", "val/ema_")):
         net = load_run(tmp_path / "run", weights).denoiser.net
         by_hand = []
         for sigma in row["val/sigma"]:
             s = torch.full((15,), sigma)
-            x = (held_out.x0 + sigma * held_out.eps) / math.sqrt(1 + sigma**2)
+            x = (x0 + sigma * eps) / math.sqrt(1 + sigma**2)
             with torch.no_grad():
-                by_hand.append(((net(x, s.log() / 4) - held_out.eps) ** 2).mean().item())
+                by_hand.append(((net(x, s.log() / 4) - eps) ** 2).mean().item())
         assert row[f"{key}loss_per_sigma"] == pytest.approx(by_hand, rel=1e-5)
         assert row[f"{key}loss"] == pytest.approx(sum(by_hand) / 8, rel=1e-5)
     assert row["val/loss"] != row["val/ema_loss"]

@@ -158,7 +158,9 @@ Pictures to start from (PNG, JPEG, WEBP), and networks that help:
   adapter=NET:FILE[:strength]        a T2I-Adapter and its picture, several times
   lora=FILE[:strength]               several times
   embedding=FILE[:token]             textual inversion, several times; the token must be in a prompt
-  vae=PATH tokenizer=FOLDER          another VAE; the vocabulary of a single file
+  unet=PATH vae=PATH                 another U-Net, as training leaves it, or VAE in place of the model's
+  tokens=FILE                        inpainting tokens, with the U-Net that was trained with them, image= and mask=
+  tokenizer=FOLDER                   the vocabulary of a single file
 
 How:
 
@@ -198,10 +200,12 @@ to the same bytes.
   nanodiffusion encode shards out=latents codec=madebyollin/sdxl-vae-fp16-fix text=openai/clip-vit-large-patch14
   nanodiffusion encode cifar10 out=latents/train codec=VAE flip=true sample=posterior
   nanodiffusion encode fashion-mnist out=pixels codec=none text=words:64
+  nanodiffusion encode photos out=latents codec=BASE text=BASE size=1024         to fine-tune the checkpoint BASE
 
   codec=                 an autoencoder's folder, file or name on the hub (RUN/codec too), or none: the pixels themselves
   text=none              a CLIP's folder or name on the hub; words or words:N, a vector of words that needs no download.
                          Samples without a caption get zeros; those of a set by name have their class's name.
+                         A whole checkpoint of Stable Diffusion: all that its U-Net is told, dtype=float16 or float32
   size=256               side of the pictures, cut to their central square; sets by name have their own
   split=train            of a set by name; out=DIR/train and out=DIR/test are the two halves of DIR
   n=0                    the first n samples only

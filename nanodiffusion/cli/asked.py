@@ -67,7 +67,9 @@ class Asked:
     revision: str = ""
     prediction: str = ""
     tokenizer: str = ""
+    unet: Named = Named()
     vae: Named = Named()
+    tokens: Named = Named()  # of inpainting
     image: Named = Named()
     mask: Named = Named()
     outpaint: list[int] = field(default_factory=list)  # left, top, right, bottom
@@ -88,7 +90,7 @@ class Asked:
 
     def files(self) -> Iterable[str]:
         """Every path that it names, the model's aside."""
-        yield from (named.file for named in (self.vae, self.image, self.mask))
+        yield from (getattr(self, key).file for key in NAMED)
         yield from (name for helper in (*self.controls, *self.adapters) for name in (helper.net, helper.file))
         yield from (named.file for named in (*self.loras, *self.embeddings))
 
@@ -119,6 +121,7 @@ TEXTS = ("prompt", "negative", "prompt_2")  # of the config, given once or sever
 UNSAID = ("loss_scale", "loss_every")  # a loss is a function, which a command cannot name
 OURS = {f.name: f for f in fields(GenerateConfig) if f.name not in UNSAID}
 MANY = {"control": "controls", "adapter": "adapters", "lora": "loras", "embedding": "embeddings"}
+NAMED = ("unet", "vae", "tokens", "image", "mask")
 SET_ALONE = {"model_sha256", "place", "frame"}  # known from the picture only
 
 # -- words -------------------------------------------------------------------------------------------------------------
@@ -320,7 +323,7 @@ def beside(asked: Asked, folder: Path) -> Asked:
         candidates = [folder / name, folder / Path(name).name] if name and not Path(name).exists() else []
         return next((str(c) for c in candidates if c.exists()), name)
 
-    named = {k: replace(v, file=near(v.file)) for k in ("vae", "image", "mask") for v in [getattr(asked, k)]}
+    named = {k: replace(v, file=near(v.file)) for k in NAMED for v in [getattr(asked, k)]}
     helpers = {
         k: [replace(h, net=near(h.net), file=near(h.file)) for h in getattr(asked, k)] for k in ("controls", "adapters")
     }

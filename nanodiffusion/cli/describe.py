@@ -27,6 +27,7 @@ KINDS = {
     "controlnet": "a ControlNet",
     "adapter": "a T2I-Adapter",
     "tiny_vae": "a tiny VAE (TAESD)",
+    "inpainting_tokens": "inpainting tokens, beside the U-Net that was trained with them",
     "lora": "a LoRA",
     "embedding": "a textual inversion",
     "control_lora": "a control LoRA, which is not read here",

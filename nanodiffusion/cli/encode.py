@@ -40,10 +40,10 @@ def read_words(source: str, *words: str) -> tuple[str, str, EncodeConfig]:
     for key, fix in (("out", "out=FOLDER"), ("codec", "codec=FOLDER of an autoencoder, or codec=none for pixels")):
         if key not in given:
             raise UserError(f"encode needs {key}", key=key, fix=fix)
-    if "dtype" in given and given.get("quantise", True):
-        raise UserError("only what is not quantised has a dtype", key="dtype", fix="quantise=false")
     for key in ("codec", "text"):
         given[key] = "" if given.get(key, "").lower() in NONE else given[key]
+    if "dtype" in given and given.get("quantise", True) and not given["text"]:
+        raise UserError("only what is not quantised has a dtype", key="dtype", fix="quantise=false")
     return given.pop("out"), given.pop("device", "auto"), EncodeConfig(source, **given)
 
 
@@ -53,5 +53,5 @@ def describe(manifest: dict[str, Any]) -> str:
     text = f"{manifest['count']} samples of {shape}, {latents['dtype']}"
     if latents["limit"]:
         text += f" in ±{latents['limit']:.4g}" + f", {latents['clipped']} values beyond it" * bool(latents["clipped"])
-    more = [name for name in ("flipped", "pooled", "labels", "captions") if manifest[name]]
+    more = [name for name in ("flipped", "pooled", "context", "sizes", "labels", "captions") if manifest.get(name)]
     return text + f" ({', '.join(more)})" * bool(more)

@@ -18,7 +18,16 @@ from nanodiffusion.errors import UserError, lookup, need
 from nanodiffusion.fast import adapt
 from nanodiffusion.lora import add_lora, read_lora
 from nanodiffusion.memory import PLANS
-from nanodiffusion.pretrained import Bundle, load_adapter, load_codec, load_controlnet, load_pretrained
+from nanodiffusion.nets.inpaint import InpaintTokens
+from nanodiffusion.pretrained import (
+    Bundle,
+    load_adapter,
+    load_codec,
+    load_controlnet,
+    load_pretrained,
+    load_tokens,
+    replace_part,
+)
 from nanodiffusion.pretrained.hub import cached, split_name
 from nanodiffusion.pretrained.weights import DTYPES, source_of
 from nanodiffusion.tasks import AdapterInput, Control, GenerateConfig, Inputs, plan
@@ -47,7 +56,8 @@ def load_parts(asked: Asked, config: GenerateConfig, device: torch.device) -> Lo
     seen = drawn(seen, asked, config, bundle.family.size)
     controls, asked = load_controls(bundle, asked, seen.controls)
     adapters, asked = load_adapters(bundle, asked, seen.adapters)
-    inputs = Inputs(image=seen.image, mask=seen.mask, controls=controls, adapters=adapters)
+    tokens, asked = load_inpainting(bundle, asked)
+    inputs = Inputs(image=seen.image, mask=seen.mask, controls=controls, adapters=adapters, tokens=tokens)
     count = min(asked.batch, config.frames or config.n * len(config.prompt))
     one_batch = replace(config, prompt=config.prompt and [""], prompt_2=[], negative=[], seeds=[], n=count, frames=0)
     chosen = plan(bundle, one_batch, inputs, asked.memory)
@@ -182,8 +192,12 @@ def load_model(asked: Asked, device: torch.device) -> tuple[Bundle, Asked]:
 
 
 def with_files(bundle: Bundle, asked: Asked) -> tuple[Bundle, Asked]:
-    """The bundle with another VAE, LoRAs and learned tokens, and what was asked with their SHA-256."""
-    vae, (dtype, device) = asked.vae, place_of(bundle.codec)
+    """The bundle with another U-Net or VAE, LoRAs and learned tokens, and what was asked with their SHA-256."""
+    unet, vae, (dtype, device) = asked.unet, asked.vae, place_of(bundle.codec)
+    if unet.file:
+        with reading(unet.file, unet.sha256, "unet"):
+            bundle = replace_part(bundle, "unet", unet.file, dtype_of(bundle.denoiser))
+        unet = Named(unet.file, verified(weight_files(unet.file, "unet"), unet.sha256, "unet"))
     if vae.file:
         with reading(vae.file, vae.sha256, "vae"):
             codec = load_codec(vae.file, dtype, device, family=bundle.family.name)
@@ -200,7 +214,17 @@ def with_files(bundle: Bundle, asked: Asked) -> tuple[Bundle, Asked]:
         with reading(token.file, token.sha256, "embedding"):
             bundle = replace(bundle, text=load_inversion(bundle.text, token.file, token.token or None))
         embeddings.append(replace(token, sha256=verified([token.file], token.sha256, "embedding")))
-    return bundle, replace(asked, vae=vae, loras=loras, embeddings=embeddings)
+    return bundle, replace(asked, unet=unet, vae=vae, loras=loras, embeddings=embeddings)
+
+
+def load_inpainting(bundle: Bundle, asked: Asked) -> tuple[InpaintTokens | None, Asked]:
+    """The inpainting tokens in the U-Net's precision, and what was asked with their SHA-256."""
+    file, sha256 = asked.tokens.file, asked.tokens.sha256
+    if not file:
+        return None, asked
+    with reading(file, sha256, "tokens"):
+        net = load_tokens(file, *place_of(bundle.denoiser))
+    return net, replace(asked, tokens=Named(file, verified([file], sha256, "tokens")))
 
 
 def load_controls(

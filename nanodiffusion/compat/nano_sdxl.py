@@ -354,6 +354,8 @@ class SDXLUNetInpainting(SDXLUNet):
 class SDXLUNetInpaintingCrossAttentionConditioning(SDXLUNet):
     """SDXL's U-Net told mask and masked latent as further tokens of the context, one per pixel."""
 
+    positions = False
+
     def __init__(self, config: SDUNetConfig = SDXL) -> None:
         super().__init__(config)
         tokens = InpaintTokens(config.context_dim, config.channels_out)

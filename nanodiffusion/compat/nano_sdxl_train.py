@@ -95,12 +95,15 @@ DATALOADERS = {  # what they give: plain pictures, pictures with a hole, or a co
     "wds_dataloader_controlnet_inpainting": "control",
     "wds_dataloader_controlnet_inpainting_sdxl_synthetic_dataset": "control",
 }
+CONDITIONINGS = {  # what they make of a picture: the control image, or the picture with a hole
+    "get_controlnet_canny_conditioning_image": "canny",
+    "get_controlnet_inpainting_conditioning_image": "inpainting",
+    "get_unet_inpainting_conditioning_image": "hole",
+}
 PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
 UNUSED = {  # accepted, and why they change nothing
     "shuffle_buffer_size": "the order is a function of seed and step",
     "sdxl_synthetic_dataset": "the best of several pictures is taken where there is clip_scores.txt",
-    "validation_image_conditioning": "pictures are conditioned as in training",
-    "validation_images": "pictures are conditioned by the first samples",
     "with_tqdm": "a bar on a terminal, else lines",
     "project_name": "the tracker's project is nanodiffusion",
     "training_run_name": "the run is named as output_dir is",
@@ -114,6 +117,8 @@ OURS = {  # keys of a recipe that a mistake may be found in only after translati
     "cond_dropout": "proportion_empty_prompts",
     "checkpoint_every": "checkpointing_steps",
     "sample_every": "validation_steps",
+    "sample.prompts": "validation_prompts",
+    "sample.images": "validation_images",
 }
 
 
@@ -170,18 +175,38 @@ def data_of(settings: Settings, kind: Kind) -> dict[str, Any]:
     data |= {"hole": {"name": "random"}} if kind.hole else {}
     if kind.task in ("controlnet", "adapter"):
         data["control"] = {"name": settings.controlnet or settings.adapter}
-    if settings.dataloader:
-        name = settings.dataloader.rpartition(".")[2]
-        if name not in DATALOADERS:
-            expected, fix = f"one of {', '.join(DATALOADERS)}", "a recipe of your own, data: {name: ..., path: ...}"
-            raise UserError("code is not read", key="dataloader", expected=expected, found=settings.dataloader, fix=fix)
-        gives = DATALOADERS[name]
-        wants = ("control" if "control" in data else "hole") if kind.hole else "picture"
-        if gives != wants:
-            fitting = next(n for n, what in DATALOADERS.items() if what == wants)
-            what = "the dataloader does not give what is trained on"
-            raise UserError(what, key="dataloader", found=name, expected=fitting, fix="or leave it out")
+    wants = ("control" if "control" in data else "hole") if kind.hole else "picture"
+    _check_function(settings, "dataloader", DATALOADERS, wants)
     return data
+
+
+def _check_function(settings: Settings, key: str, known: Mapping[str, str], wants: str) -> None:
+    """A function that it would call: UserError for one of the user's own, and for one that gives another thing."""
+    given = getattr(settings, key) or ""
+    name = given.rpartition(".")[2]
+    if given and name not in known:
+        expected, fix = f"one of {', '.join(known)}", "a recipe of your own, data: {name: ..., path: ...}"
+        raise UserError("code is not read", key=key, expected=expected, found=given, fix=fix)
+    if given and known[name] != wants:
+        fitting = next((n for n, what in known.items() if what == wants), "none")
+        what = f"the {key} does not give what is trained on"
+        raise UserError(what, key=key, found=name, expected=fitting, fix="or leave it out")
+
+
+def images_of(settings: Settings, kind: Kind) -> list[str]:
+    """Our `sample.images`, conditioned as the data is. UserError: a kind that reads none, a function that does otherwise."""
+    images = several(settings.validation_images)
+    if images and kind.task == "text_to_image":
+        fix = "leave it out"
+        raise UserError("this kind reads no picture", key="validation_images", found=settings.train_type, fix=fix)
+    wants = settings.controlnet or settings.adapter or ("hole" if kind.hole else "picture")
+    _check_function(settings, "validation_image_conditioning", CONDITIONINGS, wants)
+    return images
+
+
+def several(given: str | list[str] | None) -> list[str]:
+    """One text or a list of them as a list."""
+    return [given] if isinstance(given, str) else given or []
 
 
 def task_of(settings: Settings, kind: Kind) -> dict[str, Any]:
@@ -205,8 +230,7 @@ def translate(options: Mapping[str, Any], processes: int = 1) -> dict[str, Any]:
     """A recipe, complete but for defaults, of the keys of its YAML. UserError: as `read_settings`, or a number out of range."""
     settings = read_settings(options)
     kind, folder = kind_of(settings), Path(settings.output_dir)
-    prompts = settings.validation_prompts or []
-    prompts = [prompts] if isinstance(prompts, str) else prompts
+    prompts, images = several(settings.validation_prompts), images_of(settings, kind)
     recipe = {
         "name": folder.name or "run",
         "out": str(folder.parent),
@@ -237,8 +261,9 @@ def translate(options: Mapping[str, Any], processes: int = 1) -> dict[str, Any]:
             "ladder": {"name": "linspace"},
             "steps": settings.num_validation_timesteps,
             "guidance": 5.0,
-            "n": settings.num_validation_images * max(1, len(prompts)),
+            "n": settings.num_validation_images * max(1, len(prompts), len(images)),
             "prompts": prompts,
+            "images": images,
         },
     }
     try:

@@ -22,10 +22,12 @@ from nanodiffusion.data.shards import (
     Fault,
     Group,
     ahead,
+    decode_image,
     decode_json,
     expand_shards,
     groups,
     is_remote,
+    is_url,
     plain,
     shard_names,
 )
@@ -80,6 +82,20 @@ def take_census(path: str, wanted: Wanted, pipes: bool = False, workers: int = 0
             "no picture has a caption" if silent else "there is no sound sample", file=path, found=found, fix=fix
         )
     return census
+
+
+def census_of(files: Sequence[str], captions: Sequence[str]) -> Census:
+    """Pictures that are named one by one, each its own partner too: files and addresses. UserError: one cannot be used."""
+    found = [str(local_shard(file) if is_url(file) else file) for file in files]
+    rows = []
+    for i, (name, file) in enumerate(zip(files, found)):
+        try:
+            raw = picture_bytes(Path(file))
+            height, width = decode_image(raw).size[::-1]
+        except Fault as e:
+            raise UserError("this picture cannot be used", file=name, expected="a PNG, JPEG or WEBP", found=e) from None
+        rows.append(Row(i, 0, len(raw), i, 0, len(raw), height, width, height, width))
+    return Census(tuple(found), tuple(files), tuple(captions), np.array(rows, np.int64), ())
 
 
 def _reasons(faults: Iterable[tuple[str, str]]) -> dict[str, int]:
@@ -196,9 +212,13 @@ def _folder_row(root: Path, name: str, pair: str | None, sizes: Mapping[str, Any
             raise Fault(f"no {Path(pair).name}")
         check_pair((height, width), _found(sizes[pair]))
         beside = (file + 1, 0, (root / pair).stat().st_size)
-    said = (root / name).with_suffix(".json")
-    meta = decode_json(_small(said)) if said.is_file() else {}
-    return Row(file, 0, size, *beside, height, width, *original(meta, height, width))
+    return Row(file, 0, size, *beside, height, width, *original(json_beside(root / name), height, width))
+
+
+def json_beside(picture: Path) -> dict[str, Any]:
+    """What the json beside a picture says, {} where there is none; Fault where it is no object."""
+    file = picture.with_suffix(".json")
+    return decode_json(_small(file)) if file.is_file() else {}
 
 
 def _found(size: list[int] | str) -> tuple[int, int]:

@@ -4,12 +4,14 @@ PATH/  manifest.json   what is here: format, counts, where it is from, the hashe
                        and SHA-256 of every file
        latents.npy     (n c h w): bytes of a quantised range, or float16 or float32; flipped.npy: of the mirrored images
        pooled.npy      (n d) float16;  labels.npy (n) int64;  captions.jsonl: {"key", "caption"} a line
+       context.npy     (n 77 d) float16 or float32: what a checkpoint's U-Net is told of the captions, of SDXL with pooled.npy
+                       and sizes.npy (n 6); empty-context.npy (77 d), empty-pooled.npy: of no caption
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,10 @@ from nanodiffusion.errors import UserError, few, lookup, need
 
 FORMAT = "nanodiffusion encoded 1"
 MANIFEST = "manifest.json"
+CODING = ("factor", "scale", "shift")  # what a manifest says of its codec
 LIMIT = 1 << 24  # bytes of a manifest
 DTYPES = {torch.uint8, torch.float16, torch.float32}
+TOLD = ("pooled", "context", "sizes")  # what is encoded beside a latent, as a condition is called
 SIDES = 4  # the half that outpainting leaves open: left, right, top, bottom
 
 # -- bytes for latents -------------------------------------------------------------------------------------------------
@@ -79,6 +83,8 @@ class EncodedData:
     latent is not the latent of a mirror image.
     labels (n) int64 index `classes`; pooled (n d) floats; texts: the captions; prompts (k d): texts' vectors to
     draw pictures for, where there are any.
+    context (n m d), with pooled: what a checkpoint's U-Net is told; sizes (n 6): see `Pictures.batch`; empty: what it is told
+    of no caption, by name, (1 ...) each. A set with contexts stays where it is, mapped, and sends its batches to `device`.
     rows: which rows of all these but the labels, in what order, make up this set; None for all. codec, text: what made them.
     outpaint: the share of draws of which a half, left, right, top or bottom alike often, is to be drawn anew while the
     other is known.
@@ -97,6 +103,13 @@ class EncodedData:
     codec: str = ""
     text: str = ""
     outpaint: float = 0.0
+    context: Tensor | None = None
+    sizes: Tensor | None = None
+    empty: Mapping[str, Tensor] = field(default_factory=dict)
+    coding: Mapping[str, float] = field(
+        default_factory=dict
+    )  # factor, scale and shift of the codec, where they are known
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         _check_latents(self.x, self.limit)
@@ -127,9 +140,10 @@ class EncodedData:
     def batch(self, index: Tensor, u: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Samples `index` (b) as x0 (b c h w) float32 and cond, on the data's device; a pure function of index and u.
 
-        cond: label (b) and pooled (b d) where there are any. With `outpaint`, concat (b c h w) is x0 where it is known
-        and 0 elsewhere, and mask (b 1 h w) is 1 where it is not known, which is where the loss counts; where nothing is
-        known concat is 0 and mask 1 throughout. u (b draws) in [0, 1): (flip, outpaint); without it, neither is done.
+        cond: label (b), pooled (b d), context (b m d) and sizes (b 6) where there are any. With `outpaint`, concat (b c h w)
+        is x0 where it is known and 0 elsewhere, and mask (b 1 h w) is 1 where it is not known, which is where the loss
+        counts; where nothing is known concat is 0 and mask 1 throughout. u (b draws) in [0, 1): (flip, outpaint); without
+        it, neither is done.
         """
         index = index.to(self.x.device)
         cond = {} if self.labels is None else {"label": self.labels.index_select(0, index)}
@@ -137,12 +151,17 @@ class EncodedData:
             index = self.rows.index_select(0, index)
         u = None if u is None else u.to(self.x.device)
         x0 = self._values(self._latents(index, u))
-        if self.pooled is not None:
-            cond["pooled"] = self.pooled.index_select(0, index).float()
+        told = {name: rows for name in TOLD if (rows := getattr(self, name)) is not None}
+        cond |= {name: rows.index_select(0, index) for name, rows in told.items()}
         if self.outpaint:
             mask = open_half(x0, torch.ones(len(x0), device=x0.device) if u is None else u[:, -1], self.outpaint)
             cond |= {"concat": x0 * (1 - mask), "mask": mask}
-        return x0, cond
+        return self._sent(x0), {name: self._sent(v) for name, v in cond.items()}
+
+    def _sent(self, x: Tensor) -> Tensor:
+        """Where the batch goes; numbers in float32, which are widened there."""
+        x = x if self.device is None else x.to(self.device)
+        return x.float() if x.is_floating_point() else x
 
     def _latents(self, index: Tensor, u: Tensor | None) -> Tensor:
         x = self.x.index_select(0, index)
@@ -156,13 +175,22 @@ class EncodedData:
         return x0 if self.scale == 1 else x0.mul_(self.scale)
 
     def to(self, device: torch.device | str) -> "EncodedData":
-        """The same set with its tensors on `device`, its own samples only; on the CPU the files stay mapped."""
+        """The same set with its tensors on `device`, its own samples only; on the CPU the files stay mapped.
+
+        One with contexts keeps them all mapped, a text's being larger than a picture's latent, and sends its batches there.
+        """
+        if self.context is not None:
+            return replace(self, device=torch.device(device))
         if self.x.device == torch.device(device):
             return self
         rows = lambda t: (t if self.rows is None else t[self.rows]).to(device)
         moved = {k: rows(v) for k in ("x", "flipped", "pooled") if (v := getattr(self, k)) is not None}
         labels = None if self.labels is None else self.labels.to(device)
         return replace(self, **moved, labels=labels, rows=None)
+
+    def square(self) -> "EncodedData":
+        """The same set, whose latents are of one size."""
+        return self
 
     def take(self, index: Tensor) -> "EncodedData":
         """The samples `index` (k), in that order; no latent is copied."""
@@ -200,7 +228,7 @@ def _check_latents(x: Tensor, limit: float | None) -> None:
 
 
 def _check_rows(data: EncodedData) -> None:
-    for name, count in {"flipped": len(data.x), "pooled": len(data.x), "labels": len(data)}.items():
+    for name, count in {**dict.fromkeys(("flipped", *TOLD), len(data.x)), "labels": len(data)}.items():
         part = getattr(data, name)
         if part is not None and len(part) != count:
             raise UserError("this does not belong to the latents", key=name, expected=count, found=len(part))
@@ -248,12 +276,14 @@ def open_encoded(folder: Path, flip: bool = False, outpaint: float = 0.0, verify
     if flip and not manifest["flipped"]:
         raise UserError("the mirrored images were not encoded", file=folder, key="flip", fix="encode with flip=true")
     try:
-        latents, pooled = manifest["latents"], manifest["pooled"]
+        latents, pooled, context = manifest["latents"], manifest["pooled"], manifest.get("context")
         arrays = {
             "x": latents["file"],
             "flipped": manifest["flipped"] if flip else None,
             "labels": manifest["labels"],
             "pooled": pooled["file"] if pooled else None,
+            "context": context["file"] if context else None,
+            "sizes": manifest.get("sizes"),
         }
         data = EncodedData(
             **{key: None if name is None else map_array(folder / name) for key, name in arrays.items()},  # type: ignore[arg-type]
@@ -263,6 +293,8 @@ def open_encoded(folder: Path, flip: bool = False, outpaint: float = 0.0, verify
             codec=manifest["codec"]["where"],
             text=manifest["text"]["where"] if manifest["text"] else "",
             outpaint=outpaint,
+            empty={name: map_array(folder / file)[None].float() for name, file in manifest.get("empty", {}).items()},
+            coding={name: manifest["codec"][name] for name in CODING if name in manifest["codec"]},
         )
         _check_count(folder, data, manifest)
     except (KeyError, TypeError, AttributeError) as e:

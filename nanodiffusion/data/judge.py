@@ -1,7 +1,7 @@
 """What makes a training sample: which picture, of what size, with what caption and what partner; and what is wrong with it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,7 +124,7 @@ def original(meta: Mapping[str, Any], height: int, width: int) -> tuple[int, int
     return said[0], said[1]  # type: ignore[return-value]
 
 
-def check_pair(picture: tuple[int, int], pair: tuple[int, int]) -> None:
+def check_pair(picture: Sequence[int] | np.ndarray, pair: Sequence[int] | np.ndarray) -> None:
     """Fault where two pictures (height, width) are not of one shape; their sizes may differ."""
     if abs(np.log(picture[0] * pair[1] / (picture[1] * pair[0]))) > SHAPES_DIFFER:
         raise Fault(f"the pair is of another shape: {pair[0]} x {pair[1]} beside {picture[0]} x {picture[1]}")

@@ -1,7 +1,7 @@
 """Captioned pictures for training: found by a census, decoded when they are asked for, cropped and controlled as numbers say."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from nanodiffusion.data.buckets import BucketOrder, bucket_table, check_buckets, nearest_bucket
 from nanodiffusion.data.captions import TEMPLATE
-from nanodiffusion.data.census import Census, take_census
+from nanodiffusion.data.census import Census, census_of, take_census
+from nanodiffusion.data.conditioning import to_mask
 from nanodiffusion.data.controls import Control, check_hole, draw_hole, make_control, pair_member
 from nanodiffusion.data.files import SPLITS
-from nanodiffusion.data.judge import ORIGINALS, SIDES, Wanted
+from nanodiffusion.data.judge import ORIGINALS, SIDES, Wanted, check_pair
 from nanodiffusion.data.shards import Fault, decode_image
 from nanodiffusion.data.tensors import at_least, order
 from nanodiffusion.data.tensors import split as split_data
@@ -204,7 +205,8 @@ class Pictures:
     """Captioned pictures by number; what `batch` gives is a pure function of (index, u), whoever decodes.
 
     rows: which of the census's samples, in what order, make up this set; None for all. `control` and the holes' `kind` as in
-    `pictures`. Shared by all that are made from one: the decoder's threads.
+    `pictures`; masks: pictures of the holes, where they are not drawn. Shared by all that are made from one: the decoder's
+    threads.
     """
 
     census: Census
@@ -218,6 +220,7 @@ class Pictures:
     device: torch.device = torch.device("cpu")
     classes: tuple[str, ...] = ()
     labels: Tensor | None = None
+    masks: Census | None = None
     _ahead: dict[Any, list[Callable[[], Decoded]]] = field(default_factory=dict, init=False, repr=False)
 
     draws = DRAWS
@@ -325,12 +328,18 @@ class Pictures:
 
     def _decode(self, row: int, crop: Crop, seed: float | None) -> Decoded:
         pixels = cut(read_picture(self.census, row), crop, self.cropping.resample)
-        hole = draw_hole(seed, row, crop.height, crop.width, self.kind) if self.holes else None
+        hole = self._hole(row, crop, seed) if self.holes else None
         if self.control is None:
             return Decoded(pixels, None, hole)
         paired = self.census.row(row).pair_bytes > 0
         pair = cut(read_picture(self.census, row, True), crop, self.cropping.resample) if paired else None
         return Decoded(pixels, self.control(np.ascontiguousarray(pixels), hole, pair), hole)
+
+    def _hole(self, row: int, crop: Crop, seed: float | None) -> np.ndarray:
+        if self.masks is None:
+            return draw_hole(seed, row, crop.height, crop.width, self.kind)
+        mask = cut(read_picture(self.masks, row), crop, self.cropping.resample)
+        return to_mask(mask)[0, 0].to(torch.uint8).numpy()
 
     def _sent(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -348,6 +357,24 @@ class Pictures:
         """The samples `index` (k), in that order; nothing is read."""
         chosen = index.cpu().numpy()
         return replace(self, rows=chosen if self.rows is None else self.rows[chosen])
+
+    def own(self, files: Sequence[str], masks: Sequence[str], captions: Sequence[str]) -> "Pictures":
+        """A set (n) of other pictures, made into samples as this one's are; for a paired control a picture is its own partner.
+
+        masks: one each, white = to be painted anew; none: the holes are drawn. UserError: a picture or mask that cannot be
+        read, a mask of another shape than its picture, masks where there are no holes.
+        """
+        if masks and not self.holes:
+            fix = "data.hole={name: random}, or leave sample.masks out"
+            raise UserError("nothing here has a hole", key="sample.masks", found=masks[0], fix=fix)
+        found = census_of(files, captions)
+        holes = census_of(masks, captions) if masks else None
+        for file, picture, mask in zip(masks, found.rows, holes.rows if holes else ()):
+            try:
+                check_pair(picture[SIDES], mask[SIDES])
+            except Fault as e:
+                raise UserError("the mask does not fit its picture", file=file, found=e) from None
+        return replace(self, census=found, masks=holes, rows=None, buckets=())
 
     def square(self) -> "Pictures":
         """The same set without buckets."""

@@ -82,7 +82,7 @@ def expand_shards(spec: str | os.PathLike[str], pipes: bool = False) -> list[str
 
 def _globbed(part: str, pipes: bool) -> list[str]:
     scheme, colon, _ = part.partition(":")
-    known = _is_url(part) or (pipes and scheme == "pipe")
+    known = is_url(part) or (pipes and scheme == "pipe")
     if colon and len(scheme) > 1 and not known and "/" not in scheme and not os.path.exists(part):
         fix = "download them first, and give the files"
         raise UserError("this is no place for shards", found=part, expected="files, or http(s) addresses", fix=fix)
@@ -109,13 +109,14 @@ def _braces(part: str) -> list[str]:
     return names
 
 
-def _is_url(name: str) -> bool:
+def is_url(name: str) -> bool:
+    """Whether a name is an http(s) address."""
     return name.startswith(("http://", "https://"))
 
 
 def is_remote(name: str) -> bool:
     """Whether a shard is an address or a command's output: no file here yet."""
-    return _is_url(name) or name.startswith("pipe:")
+    return is_url(name) or name.startswith("pipe:")
 
 
 # ---- reading
@@ -373,7 +374,7 @@ def _improper(member: tarfile.TarInfo, ending: str, group: Group, read: Any) -> 
 @contextmanager
 def _fetched(shard: str) -> Iterator[str]:
     """A shard as a file here; one with an address is downloaded whole first, and gone afterwards."""
-    if not _is_url(shard):
+    if not is_url(shard):
         try:
             open(shard, "rb").close()
         except OSError as e:
@@ -387,13 +388,13 @@ def _fetched(shard: str) -> Iterator[str]:
 
 
 def fetch(shard: str, file: str | Path) -> None:
-    """Download a shard whole into `file`, asking up to four times. UserError: it cannot be had."""
+    """Download an address whole into `file`, asking up to four times. UserError: it cannot be had."""
     for attempt in range(ATTEMPTS):
         try:
             return _download(shard, file)
         except (OSError, http.client.HTTPException) as e:
             if attempt == ATTEMPTS - 1 or getattr(e, "code", 500) in (401, 403, 404, 410):
-                raise UserError("a shard cannot be had", file=shard, found=e, fix="try again") from e
+                raise UserError("this address cannot be had", file=shard, found=e, fix="try again") from e
             time.sleep(0.2 * 4**attempt)
 
 

@@ -19,17 +19,17 @@ from nanodiffusion.data.conditioning import hide, latent_mask
 from nanodiffusion.denoiser import PRECISIONS, Cond, Denoiser
 from nanodiffusion.draw import begin, check_settings, cycled, make_step
 from nanodiffusion.errors import UserError
+from nanodiffusion.finetune.encoded import ready_made
 from nanodiffusion.guidance import cfg
 from nanodiffusion.objective import SHOWN, Fixed, Validator, make_schedule
 from nanodiffusion.sampler import ImageNoise, sample
-from nanodiffusion.task import Task
+from nanodiffusion.task import Task, refuse_images
+from nanodiffusion.text.reader import Reader
 from nanodiffusion.train import mix
 
 if TYPE_CHECKING:
     from nanodiffusion.pretrained.load import Bundle
     from nanodiffusion.train import Trainer
-
-NO_TEXT = -1  # as an id: the features of this prompt are zeros
 
 
 class Tuned(nn.Module):
@@ -43,14 +43,15 @@ class Tuned(nn.Module):
 
     def __init__(self, bundle: "Bundle", config: Config, net: nn.Module, whole: nn.Module | None = None) -> None:
         super().__init__()
-        self.net, self.text, self.codec = net, bundle.text, bundle.codec.eval()
-        self.sizes, self.zero_uncond = bundle.family.sizes, bundle.family.zero_uncond
+        self.net, self.codec = net, bundle.codec.eval()
+        self.reader = Reader(bundle.text, bundle.family.zero_uncond)
+        self.sizes = bundle.family.sizes
+        self.known_nothing: dict[str, Tensor] = {}
         latent = bundle.family.size // bundle.codec.factor
         self.natural = 8 * latent  # the side of a picture, as a U-Net's folder counts it
         self.precision = PRECISIONS[config.precision]
         whole = bundle.denoiser.net if whole is None else whole
         self.denoiser = Denoiser(whole, config.prediction, config.clock, make_schedule(config), self.precision)
-        self.encoders = nn.ModuleList(part.net for part in bundle.text.parts)
         self.takes = (*self.takes, *(("sizes",) if self.sizes else ()))
 
     # what the U-Net is told
@@ -62,26 +63,34 @@ class Tuned(nn.Module):
         the U-Net takes them, stay, and so does whatever is given ready.
         """
         known = {name: value for name, value in cond.items() if name != "ids"}
-        return known | self.read(cond["ids"]) if "ids" in cond else known
-
-    def read(self, ids: Tensor) -> dict[str, Tensor]:
-        """What the text encoders say of ids (b k 77); zeros of a row of NO_TEXT."""
-        there = ids[:, 0, 0] != NO_TEXT
-        rows = ids.clamp(min=0).unbind(1)
-        cond = self.text.from_embeddings([net.embed(row) for net, row in zip(self.encoders, rows)], rows)  # type: ignore[operator]
-        if not self.zero_uncond:
-            return cond
-        return {name: torch.where(there.view(-1, *[1] * (v.ndim - 1)), v, 0) for name, v in cond.items()}
+        return known | self.reader(cond["ids"]) if "ids" in cond else known
 
     def unconditional(self, cond: Cond) -> dict[str, Any]:
         """The same with no text, which is what the checkpoint was trained with: zeros of SDXL, else the encoded ""."""
-        return {**cond, "ids": self.tokens([""])[:1].to(cond["ids"]).expand_as(cond["ids"])}
+        nothing = {"ids": self.reader.tokens([""])} if "ids" in cond else self.nothing()
+        return {**cond, **{name: v.to(cond[name]).expand_as(cond[name]) for name, v in nothing.items()}}
 
-    def tokens(self, texts: Sequence[str]) -> Tensor:
-        """Captions as ids (b k 77), each cut to 75 tokens; "" is NO_TEXT where that is how the checkpoint was trained."""
-        ids = torch.stack([part.tokenizer(list(texts), part.net.config.positions) for part in self.text.parts], 1)
-        empty = torch.tensor([not text for text in texts]) & self.zero_uncond
-        return ids.masked_fill(empty[:, None, None], NO_TEXT)
+    @torch.no_grad()
+    def nothing(self) -> dict[str, Tensor]:
+        """What the U-Net is told of no caption: context (1 77 d) and, of SDXL, pooled (1 p)."""
+        device = next(self.reader.parameters()).device
+        return self.known_nothing or self.reader(self.reader.tokens([""]).to(device))
+
+    @torch.no_grad()
+    def told(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Captions as the data gives them to the loop: ids, or what the U-Net is told where that is read beforehand."""
+        ids = self.reader.tokens(captions)
+        return {"ids": ids} if "ids" in self.takes else {name: v.float() for name, v in self.reader(ids).items()}
+
+    def without_encoders(self, nothing: dict[str, Tensor]) -> None:
+        """Be given latents and what the U-Net is told, `nothing` where there is no caption; codec and text encoders stay behind.
+
+        They are no modules of this one any more, so that they are neither moved nor cast with it.
+        """
+        self.known_nothing = nothing
+        self.takes = (*nothing, *(("sizes",) if self.sizes else ()))
+        for name in {"codec", "reader"} & self._modules.keys():
+            vars(self)[name] = self._modules.pop(name)
 
     def caption(self, text: str, u: float) -> str:
         """What is said of a picture, of its caption, by chance u in [0, 1)."""
@@ -141,6 +150,14 @@ class Prepared:
         own = getattr(self.data, "square", None)
         return Prepared(own(), self.model).to(self.device) if own else self
 
+    def own(self, *given: Sequence[str]) -> "Prepared":
+        """Other pictures, masks and captions made into samples as these are; see `Pictures.own`."""
+        make = getattr(self.data, "own", None)
+        if make is None:
+            fix = "data.name=pictures, or leave sample.images out"
+            raise UserError("this data set takes no other pictures", key="sample.images", fix=fix)
+        return Prepared(make(*given), self.model).to(self.device)
+
     def order(self, batch: int, seed: int, step: int) -> Tensor:
         """The samples (batch) of global batch `step`, as the data set chooses them."""
         own = getattr(self.data, "order", None)
@@ -166,7 +183,7 @@ class Prepared:
         x0 = codec.encode(pixels, noise)
         choice = [0.0] * len(index) if u is None else u[:, -2].tolist()
         texts = [self.model.caption(str(self.captions[row]), c) for row, c in zip(cond["row"].tolist(), choice)]
-        ids = self.model.tokens(texts)
+        ids = self.model.reader.tokens(texts)
         known = {name: value for name, value in cond.items() if name != "row"} | {"ids": ids.to(x0.device)}
         if "hole" in cond:
             hidden = codec.encode(hide(pixels, cond["hole"]))
@@ -229,27 +246,37 @@ class Finetune(Task):
 
     def prepared(self, data: Any, model: Tuned) -> Any:
         """The data set as the model takes it."""
-        if "pooled" in getattr(data, "takes", ()) or not hasattr(data, "captions"):
+        if hasattr(data, "context"):
+            return ready_made(data, model)
+        if not hasattr(data, "captions"):
             raise UserError("this task needs pictures with captions", key="data.name", fix="data.name=pictures")
         return Prepared(data, model)
 
     def check(self, model: Tuned, config: Config, shape: tuple[int, ...]) -> None:
         """UserError for what would be refused only after training."""
         check_settings(config.sample, make_schedule(config))
+        if not {"control", "concat"} & set(model.takes):
+            refuse_images(config.sample)
 
     def validator(self, trainer: "Trainer", data: Any, density: Any) -> Validator:
         """What measures the model on held-out data."""
         return Validator(trainer, data.square(), density)
 
     def fixed(self, config: Config, model: Tuned, data: Any) -> Fixed:
-        """The conditions (k ...) that pictures are drawn from: of the first samples, with `sample.prompts` for captions."""
-        prompts = config.sample.prompts
+        """The conditions (k ...) that pictures are drawn from: of the first samples, with `sample.prompts` for captions.
+
+        Of `sample.images` instead, where there are any, and without prompts no caption.
+        """
+        given, prompts = config.sample, config.sample.prompts
         k = min(len(data), max(len(prompts), SHOWN))
-        _, cond = data.square().batch(torch.arange(k))
+        if given.images:
+            k = max(map(len, (prompts, given.images, given.masks)))
+            each = ([some[i % len(some)] for i in range(k)] if some else [] for some in (given.images, given.masks))
+            data = data.own(*each, [""] * k)
+        _, cond = data.square().to(next(model.net.parameters()).device).batch(torch.arange(k))
         taken = {name: value.cpu() for name, value in cond.items() if name in model.takes}
         if prompts:
-            ids = model.tokens(prompts)
-            taken["ids"] = ids[cycled(k, len(ids))]
+            taken |= {name: v[cycled(k, len(v))] for name, v in model.told(prompts).items()}
         return taken
 
     @torch.no_grad()

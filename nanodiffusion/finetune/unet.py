@@ -89,18 +89,23 @@ class Told(nn.Module):
 class InpaintByTokens(Finetune):
     """The U-Net with a token for every pixel of the masked latent beside those of the text.
 
-    It makes `unet/` and `tokens.safetensors`.
+    positions: each of these is told its place in the picture, which nano-diffusion's are not. It makes `unet/` and
+    `tokens.safetensors`.
     """
+
+    positions: bool = False
 
     def tuned(self, bundle: Bundle, config: Config) -> Tuned:
         """The U-Net and new tokens, of which the linear layer starts as torch's do."""
         net: Any = bundle.denoiser.net
         torch.manual_seed(config.seed)
-        whole = Told(net.float(), InpaintTokens(net.config.context_dim, net.config.channels_out))
+        tokens = InpaintTokens(net.config.context_dim, net.config.channels_out, self.positions)
+        whole = Told(net.float(), tokens)
         return Inpainting(bundle, config, whole, whole)
 
     def publish(self, model: Tuned, data: Any, seed: int, folder: Path) -> None:
         """Write `unet/` and `tokens.safetensors`."""
         net: Any = model.net
-        save_tensors(folder / "tokens.safetensors", net.tokens.state_dict(), {})
+        meta = {"positions": True} if self.positions else {}
+        save_tensors(folder / "tokens.safetensors", net.tokens.state_dict(), meta)
         save_part(net.unet, folder / "unet", over=True, size=model.natural)

@@ -189,14 +189,14 @@ class Controlled(nn.Module):
 
     hints: one (b d h w) per ControlNet, see `ControlNet.embed`. strengths: one (b count) per ControlNet, see
     `control_strengths`; 0 is the bare net, exactly. The residuals of all are summed. `concat` and `features` are the
-    net's alone. A ControlNet that acts only at some noise levels is left out of the wrapper at the others, which is
-    cheap: it holds no weights of its own. Raises UserError on a ControlNet of another family, and on hints and strengths
-    of another number or shape.
+    net's alone, and so are the tokens of the context after the first `words`. A ControlNet that acts only at some noise
+    levels is left out of the wrapper at the others, which is cheap: it holds no weights of its own. Raises UserError on
+    a ControlNet of another family, and on hints and strengths of another number or shape.
     """
 
-    def __init__(self, net: SDUNet, controlnets: Sequence[ControlNet]) -> None:
+    def __init__(self, net: SDUNet, controlnets: Sequence[ControlNet], words: int | None = None) -> None:
         super().__init__()
-        self.config, self.null_label = net.config, net.null_label
+        self.config, self.null_label, self.words = net.config, net.null_label, words
         for i, controlnet in enumerate(controlnets):
             check_family(f"controlnets[{i}]", controlnet.config, net.config)
         self.net, self.controlnets = net, nn.ModuleList(controlnets)
@@ -214,8 +214,9 @@ class Controlled(nn.Module):
     ) -> Tensor:
         self._check(x, hints, strengths)
         residuals: list[Tensor] = []
+        read = context if context is None else context[:, : self.words]
         for controlnet, hint, strength in zip(self.controlnets, hints, strengths):
-            scaled = scale_residuals(controlnet(x, t, hint, context, pooled, sizes), strength)
+            scaled = scale_residuals(controlnet(x, t, hint, read, pooled, sizes), strength)
             residuals = [a + b for a, b in zip(residuals, scaled)] if residuals else scaled
         return self.net(x, t, context=context, pooled=pooled, sizes=sizes, residuals=residuals, **cond)
 

@@ -16,6 +16,7 @@ from nanodiffusion.pretrained.load import (
     load_pretrained,
     load_text,
     load_tiny,
+    load_tokens,
     load_unet,
 )
 from nanodiffusion.pretrained.publish import save_diffusers, save_part, save_single
@@ -32,6 +33,7 @@ __all__ = [
     "load_pretrained",
     "load_text",
     "load_tiny",
+    "load_tokens",
     "load_unet",
     "replace_part",
     "save_diffusers",

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from nanodiffusion.checkpoint import file_sha256
+from nanodiffusion.checkpoint import file_sha256, load_meta
 from nanodiffusion.codec import SD_VAE, SDXL_VAE, AutoencoderKL, AutoencoderKLConfig, TinyAutoencoder
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.distributed import pick_device
@@ -25,6 +25,7 @@ from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.memory import PLANS, Plan, at_work
 from nanodiffusion.nets.adapter import Adapter
 from nanodiffusion.nets.controlnet import ControlNet
+from nanodiffusion.nets.inpaint import InpaintTokens
 from nanodiffusion.nets.sd_unet import SDUNet, SDUNetConfig
 from nanodiffusion.noise import Schedule, ldm, zero_terminal_snr
 from nanodiffusion.pretrained import architecture as arch
@@ -306,6 +307,18 @@ def load_tiny(
     return _load_one("tiny_vae", where, variant, revision, _options(dtype, device))
 
 
+def load_tokens(
+    where: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+) -> InpaintTokens:
+    """Inpainting tokens from the file that their training leaves. UserError: another kind of file, or a damaged one."""
+    source = source_of(where)
+    if detect(source.shapes).kind != "inpainting_tokens":
+        raise _wrong_kind(source, "set of inpainting tokens")
+    context_dim, channels = source.shapes["conditioning_image_proj.weight"]
+    positions = load_meta(source.files[0]).get("positions", False)
+    return load(lambda: InpaintTokens(context_dim, channels, positions), source, *_options(dtype, device))
+
+
 def load_codec(
     where: str | Path,
     dtype: str | torch.dtype = "auto",
@@ -400,14 +413,24 @@ def load_pretrained(
     options = _options(dtype, device)
     if prediction is not None:
         lookup(dict.fromkeys(PREDICTIONS.values()), prediction, "prediction")
-    folders = ("unet", "vae", "scheduler", *(name for pair in TEXTS for name in pair))
-    place = locate(where, partial(needed, variant=variant, folders=folders), revision)
+    place, parts = _found(where, variant, revision, prediction, tokenizer)
     stored = options._replace(device=torch.device("cpu")) if offload else options
-    if place.path.is_dir():
-        bundle = _from_folder(place, stored, variant, prediction)
-    else:
-        bundle = _from_file(place, stored, prediction, None if tokenizer is None else Path(tokenizer))
-    return replace(bundle, device=options.device)
+    return replace(_assemble(place, parts, stored), device=options.device)
+
+
+def load_texts(
+    where: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+) -> tuple[TextEncoder, Family]:
+    """The text encoders of a whole checkpoint, and its family; no other network is read. UserError: as load_pretrained."""
+    _, parts = _found(where, prediction="eps")  # whatever it predicts
+    configs = [_text_config(part, row.activation) for part, row in zip(parts.texts, parts.family.texts)]
+    return _text_encoder(parts, configs, _options(dtype, device)), parts.family
+
+
+def is_checkpoint(where: str | Path) -> bool:
+    """Whether a whole checkpoint is meant: a file, or a folder with a U-Net, here or on the hub. UserError: there is nothing."""
+    path = locate(where, lambda files: [file for file in files if file.endswith(".json")]).path
+    return path.is_file() or (path / "unet").is_dir()
 
 
 @dataclass(frozen=True)
@@ -424,8 +447,21 @@ class Parts:
     scheduler: dict[str, Any] = field(default_factory=dict)
 
 
-def _from_folder(place: Place, options: Options, variant: str | None, prediction: str | None) -> Bundle:
-    folder = place.path
+def _found(
+    where: str | Path,
+    variant: str | None = None,
+    revision: str | None = None,
+    prediction: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> tuple[Place, Parts]:
+    folders = ("unet", "vae", "scheduler", *(name for pair in TEXTS for name in pair))
+    place = locate(where, partial(needed, variant=variant, folders=folders), revision)
+    if place.path.is_dir():
+        return place, _from_folder(place.path, variant, prediction)
+    return place, _from_file(place.path, prediction, None if tokenizer is None else Path(tokenizer))
+
+
+def _from_folder(folder: Path, variant: str | None, prediction: str | None) -> Parts:
     index = _index(folder)
     _check_variant(folder, variant)
     unet = _in_folder(folder, "unet", KINDS["unet"].words, "unet", variant)
@@ -438,7 +474,7 @@ def _from_folder(place: Place, options: Options, variant: str | None, prediction
     raw = read_json(scheduler)
     schedule, said = read_scheduler(raw, scheduler)
     vae = _in_folder(folder, "vae", KINDS["vae"].words, "vae", variant)
-    parts = Parts(
+    return Parts(
         _as_told(family, index, unet, 2 ** (len(_config(vae, family.scale).widths) - 1)),
         unet,
         vae,
@@ -448,7 +484,6 @@ def _from_folder(place: Place, options: Options, variant: str | None, prediction
         prediction or said,
         raw,
     )
-    return _assemble(place, parts, options)
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -492,27 +527,26 @@ def _as_told(family: Family, index: Mapping[str, Any], unet: Part, factor: int) 
     )
 
 
-def _from_file(place: Place, options: Options, prediction: str | None, tokenizer: Path | None) -> Bundle:
-    source = source_of(place.path)
+def _from_file(file: Path, prediction: str | None, tokenizer: Path | None) -> Parts:
+    source = source_of(file)
     guess = detect(source.shapes)
     names = ("text", "text_2")[: len(FAMILIES[guess.family].texts)] if guess.family else ("text",)
     lacking = [name for name in ("unet", "vae", *names) if name not in guess.components]
     if guess.family is None or lacking:
         found = " ".join(filter(None, [guess.family, guess.kind])) + "".join(f"; {note}" for note in guess.notes)
         expected = "a U-Net, a VAE and text encoders in the original layout"
-        raise UserError("this file is no whole checkpoint", file=place.path, expected=expected, found=found[:300])
+        raise UserError("this file is no whole checkpoint", file=file, expected=expected, found=found[:300])
     family = FAMILIES[guess.family]
-    said = prediction or guess.prediction or _usual_prediction(place.path, family, guess.channels_in)
-    parts = Parts(
+    said = prediction or guess.prediction or _usual_prediction(file, family, guess.channels_in)
+    return Parts(
         replace(family, size=512) if family.predicts_v and said == "eps" else family,
         Part("unet", KINDS["unet"].words, source, None),
         Part("vae", KINDS["vae"].words, source, None),
         [Part(name, "CLIP text encoder", source, None) for name in names],
-        [vocabulary(place.path, tokenizer, row) for row in family.texts],
+        [vocabulary(file, tokenizer, row) for row in family.texts],
         zero_terminal_snr(ldm()) if "ztsnr" in source.entries else ldm(),
         said,
     )
-    return _assemble(place, parts, options)
 
 
 def _usual_prediction(file: Path, family: Family, channels_in: int | None) -> str:
@@ -522,7 +556,7 @@ def _usual_prediction(file: Path, family: Family, channels_in: int | None) -> st
     note = (
         f"{file.name} does not say what it predicts: v, as SD 2.1 at 768 does; prediction=eps if it is the base model"
     )
-    warnings.warn(note, stacklevel=4)
+    warnings.warn(note, stacklevel=5)
     return "v"
 
 
@@ -533,14 +567,18 @@ def _assemble(place: Place, parts: Parts, options: Options) -> Bundle:
     _check_fit(place.path, unet, vae, texts)
     net = parts.unet.load(lambda: SDUNet(unet), *options)
     codec = parts.vae.load(lambda: AutoencoderKL(vae), *options)
-    nets = [part.load(partial(CLIPText, config), *options) for part, config in zip(parts.texts, texts)]
-    rows = zip(parts.tokenizers, nets, family.texts)
-    text = TextEncoder([TextPart(tokenizer, clip, r.layer, r.norm, r.pooled) for tokenizer, clip, r in rows])
+    text = _text_encoder(parts, texts, options)
     denoiser = Denoiser(net, parts.prediction, "table", parts.schedule).eval()
     sources = [part.source for part in (parts.unet, parts.vae, *parts.texts)]
     files = [str(file) for file in dict.fromkeys(file for source in sources for file in source.files)]
     source = {"name": place.name, "commit": place.commit, "files": files}
     return Bundle(family, denoiser, codec, text, parts.schedule, source, parts.scheduler)
+
+
+def _text_encoder(parts: Parts, configs: list[TextConfig], options: Options) -> TextEncoder:
+    nets = [part.load(partial(CLIPText, config), *options) for part, config in zip(parts.texts, configs)]
+    rows = zip(parts.tokenizers, nets, parts.family.texts)
+    return TextEncoder([TextPart(tokenizer, clip, r.layer, r.norm, r.pooled) for tokenizer, clip, r in rows])
 
 
 def _check_fit(path: Path, unet: SDUNetConfig, vae: AutoencoderKLConfig, texts: list[TextConfig]) -> None:

@@ -43,15 +43,17 @@ INPUTS = {
 }
 _CONTEXT = re.compile(r".*attn2[._](processor\.)?to_[kv]([._]lora[._](down|A)(\.\w+)?)?\.weight$")
 _TOKENS = "text_model.embeddings.token_embedding.weight"
+_PIXELS = "conditioning_image_proj.weight"  # (d c), of inpainting tokens
+_INPAINTING = {_PIXELS, "conditioning_image_proj.bias", "conditioning_image_mask_embeddings.weight"}
 
 
 @dataclass(frozen=True)
 class Guess:
     """What a file holds, from its names and shapes.
 
-    kind: checkpoint (several components), unet, vae, text, controlnet, adapter, tiny_vae, lora, embedding, control_lora
-    or unknown; layout: original, diffusers or ""; family: sd1, sd2, sdxl, or None where names do not tell (a VAE,
-    CLIP-L); channels_in: of the U-Net; prediction: "v" where the file says so; notes: in plain words.
+    kind: checkpoint (several components), unet, vae, text, controlnet, adapter, tiny_vae, inpainting_tokens, lora,
+    embedding, control_lora or unknown; layout: original, diffusers or ""; family: sd1, sd2, sdxl, or None where names do
+    not tell (a VAE, CLIP-L); channels_in: of the U-Net; prediction: "v" where the file says so; notes: in plain words.
     """
 
     kind: str
@@ -87,6 +89,8 @@ def _other(shapes: Mapping[str, Shape]) -> tuple[str, str]:
     for pattern, kind, note in OTHERS:
         if any(map(re.compile(pattern).match, shapes)):
             return kind, note
+    if shapes.keys() == _INPAINTING and len(shapes[_PIXELS]) == 2:
+        return "inpainting_tokens", ""
     alone = len(shapes) == 1 and all(len(shape) in (1, 2) for shape in shapes.values())
     return ("embedding", "textual inversion of " + next(iter(shapes))) if alone else ("", "")
 
@@ -107,6 +111,7 @@ def _family(shapes: Mapping[str, Shape], plan: Plan) -> str | None:
         if any(name.startswith(prefix) for name in shapes):
             return family
     context = next((shape for name, shape in shapes.items() if _CONTEXT.match(name)), ())
+    context = context or shapes.get(_PIXELS, ())[:1]
     alone = next(iter(shapes.values())) if len(shapes) == 1 else ()
     full = _width(plan, shapes, "adapter.conv_in.weight", "adapter")
     widths = (

@@ -306,8 +306,12 @@ def denoiser_of(
     conds: Conds,
     sigmas: Tensor,
     helpers: tuple[Sequence[Hinted], Sequence[Featured]],
+    words: int | None = None,
 ) -> Bound:
-    """The guided denoiser, at every step with those helpers only whose window is open: none is asked in vain."""
+    """The guided denoiser, at every step with those helpers only whose window is open: none is asked in vain.
+
+    words: how many tokens of the context are the text's, which controls read; None: all.
+    """
     steps, chosen = len(sigmas) - 1, []
     built: dict[tuple[int, ...], Bound] = {}
     for i in range(steps):
@@ -315,7 +319,7 @@ def denoiser_of(
         adapters = [a for a in helpers[1] if _open(a.source, i, steps)]
         key = tuple(map(id, (*controls, *adapters)))
         if key not in built:
-            built[key] = guided(bundle, config, conds, controls, adapters)
+            built[key] = guided(bundle, config, conds, controls, adapters, words)
         chosen.append(built[key])
     return chosen[0] if len(built) == 1 else stepwise(sigmas.tolist(), chosen)
 
@@ -325,12 +329,17 @@ def _open(source: Control | AdapterInput, i: int, steps: int) -> bool:
 
 
 def guided(
-    bundle: Bundle, config: GenerateConfig, conds: Conds, controls: Sequence[Hinted], adapters: Sequence[Featured]
+    bundle: Bundle,
+    config: GenerateConfig,
+    conds: Conds,
+    controls: Sequence[Hinted],
+    adapters: Sequence[Featured],
+    words: int | None = None,
 ) -> Bound:
     """The denoiser with its controls, bound to its conditioning under classifier-free guidance."""
     denoiser = bundle.denoiser
     if controls:
-        net = Controlled(unet_of(bundle), [c.source.net for c in controls])
+        net = Controlled(unet_of(bundle), [c.source.net for c in controls], words)
         denoiser = Denoiser(net, denoiser.prediction, denoiser.clock, precision=denoiser.precision)
         hints = tuple(c.hint for c in controls)
         strengths = [tuple(_strength(c, uncond=i > 0) for c in controls) for i in range(len(conds))]

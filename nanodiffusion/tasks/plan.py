@@ -39,7 +39,8 @@ def stages(bundle: Bundle, config: GenerateConfig, inputs: Inputs, how: Plan) ->
         return [net(torch.zeros(2 * b, net.config.positions, dtype=torch.int64)) for net in nets]
 
     controls = [c.net for c in inputs.controls]
-    step = partial(_one_step, b if config.guidance == 1 else 2 * b, latent)
+    tokens = 77 + (0 if inputs.tokens is None else h * w)
+    step = partial(_one_step, b if config.guidance == 1 else 2 * b, latent, tokens)
     return {
         "text": Stage(nn.ModuleList(text_nets(bundle)), read),
         "denoiser": Stage(nn.ModuleList([bundle.denoiser.net, *controls]), step),
@@ -47,13 +48,13 @@ def stages(bundle: Bundle, config: GenerateConfig, inputs: Inputs, how: Plan) ->
     }
 
 
-def _one_step(b: int, latent: tuple[int, int, int], nets: Any) -> Tensor:
-    """The U-Net with its ControlNets on b rows."""
+def _one_step(b: int, latent: tuple[int, int, int], tokens: int, nets: Any) -> Tensor:
+    """The U-Net with its ControlNets on b rows of so many tokens."""
     unet, *controls = nets
     c, (_, h, w) = unet.config, latent
     dtype = unet.conv_in.weight.dtype
     new = partial(torch.empty, dtype=dtype)
-    cond: dict[str, Any] = {"context": new(b, 77, c.context_dim)}
+    cond: dict[str, Any] = {"context": new(b, tokens, c.context_dim)}
     if c.added_dim:
         cond |= {"pooled": new(b, c.pooled_dim), "sizes": torch.zeros(b, 6, dtype=torch.int64)}
     if extra := c.channels_in - latent[0] or c.pass_through:

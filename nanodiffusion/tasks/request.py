@@ -166,14 +166,27 @@ def _check_pictures(bundle: Bundle, config: GenerateConfig, inputs: Inputs) -> N
         raise UserError(
             "this is an inpainting U-Net: it needs a picture and a mask", key="mask", fix="image=... mask=..."
         )
-    if inputs.tokens is not None and inputs.mask is None:
-        raise UserError("inpainting tokens need a picture and a mask", key="tokens", fix="image=... mask=...")
+    if inputs.tokens is not None:
+        _check_tokens(bundle, inputs.tokens, inputs.mask)
     for key in ("original_size", "crop", "target_size"):
         for name in (key, f"negative_{key}"):
             if getattr(config, name) and not bundle.family.sizes:
                 raise UserError(f"{bundle.family.name} models take no sizes", key=name, fix="leave it out")
             if len(getattr(config, name)) not in (0, 2):
                 raise UserError("two numbers", key=name, expected="[height, width]", found=getattr(config, name))
+
+
+def _check_tokens(bundle: Bundle, tokens: InpaintTokens, mask: Picture | None) -> None:
+    if mask is None:
+        raise UserError("inpainting tokens need a picture and a mask", key="tokens", fix="image=... mask=...")
+    own, layer = unet_of(bundle).config, tokens.conditioning_image_proj
+    if wants_mask(bundle):
+        raise UserError("this U-Net reads the picture by itself, not by tokens", key="tokens", fix="leave them out")
+    wanted, found = (own.channels_out, own.context_dim), (layer.in_features, layer.out_features)
+    if wanted != found:
+        words = "{} channels to {} features".format
+        what, fix = "these inpainting tokens are of another U-Net", "give the one that was trained with them: unet=..."
+        raise UserError(what, key="tokens", expected=words(*wanted), found=words(*found), fix=fix)
 
 
 def unet_of(bundle: Bundle) -> SDUNet:

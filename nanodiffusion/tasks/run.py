@@ -112,11 +112,12 @@ def prepare(bundle: Bundle, config: GenerateConfig, inputs: Inputs | None = None
     step, sigmas = make_step(config), ladder_of(config, bundle.schedule)
     bundle.denoiser.eval()
     conds = conditioning(bundle, config, inputs.embeddings)
-    known = know(bundle, config, inputs, len(conds[0]["context"]))
+    b, words, _ = conds[0]["context"].shape
+    known = know(bundle, config, inputs, b)
     conds = with_known(bundle, conds, known, inputs.tokens)
     unit, seeds = unit_noise(config, inputs.noise, known.shape)
     x, sigmas = begin(sigmas, unit, known, config.strength)
-    D = denoiser_of(bundle, config, conds, sigmas, ready(bundle, config, inputs, known))
+    D = denoiser_of(bundle, config, conds, sigmas, ready(bundle, config, inputs, known), words)
     D = with_loss(bundle, config, D, sigmas, inputs.loss)
     if known.held:
         D = keep(D, known.x0, known.mask)

@@ -165,7 +165,7 @@ def settings_of(path: str, run: Run, config: SampleConfig, options: Mapping[str,
         "step": run.step,
         **{"weights": options.get("weights", "ema-0"), "best": best, "n": w.n, "seed": seed, **told},
         **{"image": options.get("image"), "strength": options.get("strength", 1.0)},
-        **{k: v for k, v in asdict(config).items() if k not in ("n", "prompts")},
+        **{k: v for k, v in asdict(config).items() if k not in ("n", "prompts", "images", "masks")},
     }
 
 

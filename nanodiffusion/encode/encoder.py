@@ -1,11 +1,6 @@
-"""Pictures to latents, captions to vectors, once and for all: counted first, encoded in parts, joined at the end.
-
-A part is written whole or not at all and is a function of the settings and its number alone, so that a killed run goes
-on where it was and several processes share the work, to the same bytes. What is written is `data.encoded`'s folder.
-"""
+"""The engine of `nanodiffusion encode`: parts that are written whole or not at all, joined when all are there."""
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -16,39 +11,37 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from nanodiffusion.checkpoint import content_hash, load_meta, load_tensors, save_tensors, write_whole
+from nanodiffusion.checkpoint import content_hash, load_meta, load_tensors, save_tensors
 from nanodiffusion.codec import PixelCodec
-from nanodiffusion.data import load_data
 from nanodiffusion.data.encoded import FORMAT, MANIFEST, manifest_bytes, quantise, read_manifest
 from nanodiffusion.data.files import MODES, SPLITS
 from nanodiffusion.data.tensors import at_least
 from nanodiffusion.distributed import World
+from nanodiffusion.encode.census import Census, count_unit, join_census
+from nanodiffusion.encode.files import as_json, write, write_npy
+from nanodiffusion.encode.sources import open_source, square
+from nanodiffusion.encode.texts import Texts, open_texts
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.resume import check_same, parse_settings
-from nanodiffusion.text.pooled import PooledText, open_text
 from nanodiffusion.train import mix
 
-SETS = ("digits", "mnist", "fashion-mnist", "cifar10")  # sources by name
-PICTURE = 256  # pixels, where nothing says the size
-MAX_CLASSES = 100_000  # that are named one by one
-FILES, SAMPLES = 1000, 4096  # of a folder, and of a set by name, that are counted at a time
 FLOATS = {"float16": torch.float16, "float32": torch.float32}
 PRECISIONS = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLING = {"mean": False, "posterior": True}
+PICTURES = {"x", "flipped"}  # the names of latents
 WORK = ".work"  # in the folder that is made: settings, counts and parts, until all is there
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """What decides the bytes of an encoding; codec and text: paths, or "" for pixels and for no text."""
+    """What decides the bytes of an encoding; codec and text: paths, or "" for pixels and for no text; see `open_texts`."""
 
     source: str
     codec: str = ""
@@ -80,210 +73,6 @@ class EncodeConfig:
             )
 
 
-# -- where samples are from --------------------------------------------------------------------------------------------
-
-
-class Found(NamedTuple):
-    """A sound sample: a PIL image or uint8 (c h w), "" without a caption, None without a label; name: of its class, or ""."""
-
-    key: str
-    caption: str
-    label: int | None
-    image: Any
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Samples in units that can be read on their own, each in the same order every time."""
-
-    units: tuple[str, ...]
-    read: Callable[
-        [int, list[str]], Iterator[Found]
-    ]  # the samples of a unit; what is wrong with others goes to the list
-    classes: tuple[str, ...] = ()
-    size: int = PICTURE
-    channels: int = 3
-
-
-def open_source(where: str, split: str = "train") -> Source:
-    """The samples of a set by name, of a folder of captioned pictures, or of shards (a folder of them or a pattern)."""
-    if where in SETS:
-        return _by_name(where, split)
-    folder = Path(where)
-    if folder.is_dir() and not any(folder.glob("*.tar")):
-        return _folder(folder)
-    from nanodiffusion.data.shards import expand_shards, read_shards, shard_names
-
-    shards = tuple(expand_shards(where))
-    names = shard_names(shards)
-
-    def read(unit: int, faults: list[str]) -> Iterator[Found]:
-        for s in read_shards([shards[unit]], faults, need_caption=False, workers=2, names=[names[unit]]):
-            name = s.meta.get("class")  # as `prepare` writes it
-            yield Found(
-                s.key, s.caption, s.label, s.image, name if isinstance(name, str) and name.isprintable() else ""
-            )
-
-    return Source(shards, read)
-
-
-def _by_name(name: str, split: str) -> Source:
-    """A set of DATASETS; the name of its class is a sample's caption."""
-    data = load_data(name, split)
-    labels = data.labels.tolist()
-
-    def read(unit: int, faults: list[str]) -> Iterator[Found]:
-        for i in range(unit * SAMPLES, min(len(data), (unit + 1) * SAMPLES)):
-            yield Found(f"{i:08d}", data.classes[labels[i]], labels[i], data.x[i].numpy())
-
-    units = tuple(str(i) for i in range(0, len(data), SAMPLES))
-    return Source(units, read, data.classes, data.shape[1], data.shape[0])
-
-
-def _folder(folder: Path) -> Source:
-    """The pictures below a folder, by path, those without a caption too; the class folders are the classes."""
-    from nanodiffusion.data.captions import judge_captioned, picture_bytes
-    from nanodiffusion.data.shards import Fault, decode_image, plain
-
-    judged, classes = judge_captioned(folder, need_caption=False)
-
-    def read(unit: int, faults: list[str]) -> Iterator[Found]:
-        for name, row in islice(judged.items(), unit * FILES, (unit + 1) * FILES):
-            try:
-                if isinstance(row, Fault):
-                    raise row
-                image = decode_image(picture_bytes(row.file))
-            except Fault as e:
-                faults.append(f"{plain(name)}: {e}")
-                continue
-            yield Found(name, row.caption, row.label, image)
-
-    return Source(tuple(str(i) for i in range(0, len(judged), FILES)), read, classes)
-
-
-def square(image: Any, size: int, channels: int) -> np.ndarray:
-    """The central square of an image (PIL, or uint8 (c h w)) at `size` pixels: -> uint8 (channels size size)."""
-    if isinstance(image, np.ndarray) and image.shape == (channels, size, size):
-        return image
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-    fitted = ImageOps.fit(image.convert(MODES[channels]), (size, size), Image.Resampling.BICUBIC)
-    return np.atleast_3d(np.asarray(fitted)).transpose(2, 0, 1)
-
-
-# -- files that are there whole or not at all --------------------------------------------------------------------------
-
-
-def write(path: Path, chunks: Iterable[bytes | memoryview], work: Path) -> dict[str, Any]:
-    """Write a file by way of one of the same name in `work`; its entry of the manifest."""
-    return write_whole(path, chunks, work / f".tmp-{path.name}")
-
-
-def write_npy(path: Path, dtype: Any, shape: Sequence[int], arrays: Iterable[np.ndarray], work: Path) -> dict[str, Any]:
-    """Write arrays, one after the other, as one .npy of that shape; its entry of the manifest."""
-
-    def chunks() -> Iterator[bytes | memoryview]:
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
-        head = io.BytesIO()
-        np.lib.format.write_array_header_1_0(head, header)  # type: ignore[arg-type]
-        yield head.getvalue()
-        for array in arrays:
-            yield np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data
-
-    return write(path, chunks(), work)
-
-
-def as_json(value: Any) -> bytes:
-    """JSON of one text per value."""
-    return json.dumps(value, indent=1, sort_keys=True).encode()
-
-
-# -- counting ----------------------------------------------------------------------------------------------------------
-
-
-class Record(NamedTuple):
-    """What the census remembers of a sample."""
-
-    key: str
-    caption: str
-    label: int | None
-    width: int
-    height: int
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class Census:
-    """All sound samples in order, where each unit's begin, and what is wrong with the others."""
-
-    records: list[Record]
-    starts: list[int]  # of the units, and the end
-    faults: list[str]
-
-    @property
-    def captioned(self) -> int:
-        """How many have a caption."""
-        return sum(bool(r.caption.strip()) for r in self.records)
-
-    @property
-    def labelled(self) -> bool:
-        """Whether every sample has a label."""
-        return all(r.label is not None for r in self.records)
-
-    @property
-    def classes(self) -> list[str]:
-        """The name of every class, its number where it has no sample; [] unless each has one name and no other's."""
-        named = {r.label: r.name for r in self.records if r.label is not None}
-        one = all(r.label is not None and r.name and named[r.label] == r.name for r in self.records)
-        if not one or max(named) >= MAX_CLASSES:
-            return []
-        names = [named.get(i, str(i)) for i in range(max(named) + 1)]
-        return names if len(set(names)) == len(names) else []
-
-    def summary(self, size: int) -> dict[str, Any]:
-        """The counts, as the manifest has them; smaller: how many were enlarged to `size`."""
-        return {
-            "samples": len(self.records),
-            "faults": len(self.faults),
-            "without_caption": len(self.records) - self.captioned,
-            "without_label": sum(r.label is None for r in self.records),
-            "widths": [f(r.width for r in self.records) for f in (min, max)],
-            "heights": [f(r.height for r in self.records) for f in (min, max)],
-            "smaller": sum(min(r.width, r.height) < size for r in self.records),
-        }
-
-
-def count_unit(source: Source, unit: int, n: int) -> dict[str, Any]:
-    """The census of a unit, JSON-able; with n, of its first n samples."""
-    faults: list[str] = []
-    found = islice(source.read(unit, faults), n or None)
-    return {"records": [[f.key, f.caption, f.label, *_size(f.image), f.name] for f in found], "faults": faults}
-
-
-def _size(image: Any) -> tuple[int, int]:
-    return image.shape[:0:-1] if isinstance(image, np.ndarray) else image.size
-
-
-def join_census(counts: Iterator[dict[str, Any]], n: int, where: str) -> Census:
-    """One census of the units' in order, of the first n samples."""
-    records: list[Record] = []
-    starts, faults = [0], []
-    for count in counts:
-        records += [Record(*row) for row in count["records"]]
-        faults += count["faults"]
-        starts.append(len(records))
-        if n and len(records) >= n:
-            break
-    if not records:
-        found = f"{len(faults)} faults, first {faults[0]}" if faults else "nothing"
-        raise UserError("there is no sound sample here", file=where, found=found)
-    return Census(records[: n or None], starts, faults)
-
-
-# -- the engine --------------------------------------------------------------------------------------------------------
-
-
 class Encoder:
     """One process's share of an encoding into the folder `out`."""
 
@@ -298,8 +87,7 @@ class Encoder:
         if self.size % self.codec.factor:
             expected = f"a multiple of {self.codec.factor}"
             raise UserError("the codec works in whole latent pixels", key="size", expected=expected, found=self.size)
-        device, dtype = str(world.device), PRECISIONS[config.precision]
-        self.text: PooledText | None = open_text(config.text, device, dtype) if config.text else None
+        self.texts = self._open_texts() if config.text else None
 
     def _open_codec(self) -> Any:
         if not self.config.codec:
@@ -307,6 +95,14 @@ class Encoder:
         from nanodiffusion.pretrained import load_codec  # slow to import
 
         return load_codec(self.config.codec, PRECISIONS[self.config.precision], str(self.world.device)).eval()
+
+    def _open_texts(self) -> Texts:
+        given = self.config
+        texts = open_texts(given.text, str(self.world.device), PRECISIONS[given.precision], given.dtype)
+        if given.quantise and texts.written != given.dtype:
+            fix = "quantise=false, or text= a whole checkpoint"
+            raise UserError("only what is not quantised has a dtype", key="dtype", found=given.dtype, fix=fix)
+        return texts
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
@@ -340,7 +136,7 @@ class Encoder:
                 "scale": config.scale if config else 1.0,
                 "shift": config.shift if config else 0.0,
             },
-            "text": {"where": self.config.text, "sha256": self.text.sha256} if self.text else None,
+            "text": {"where": self.config.text, "sha256": self.texts.sha256} if self.texts else None,
         }
 
     def run(self) -> dict[str, Any]:
@@ -408,7 +204,7 @@ class Encoder:
         return join_census(counts, n, self.config.source)
 
     def _check(self, census: Census) -> None:
-        if self.text and not census.captioned:
+        if self.texts and not census.captioned:
             found = f"{len(census.records)} samples without one"
             fix = "leave text= out, or give the pictures captions"
             raise UserError(
@@ -478,9 +274,9 @@ class Encoder:
                 )
             for name, x in self._encode_batch(pixels, index).items():
                 rows.setdefault(name, []).append(x)
-            if self.text:
-                captions = [census.records[i].caption for i in index]
-                rows.setdefault("pooled", []).append(self.text.encode(captions).half())
+            if self.texts:
+                for name, x in self.texts.encode([census.records[i].caption for i in index]).items():
+                    rows.setdefault(name, []).append(x)
         tensors = {name: torch.cat(parts) for name, parts in rows.items()}
         return self._stored(tensors, census, start)
 
@@ -506,12 +302,13 @@ class Encoder:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors as a part holds them, and the largest value and how many are beyond the range."""
         largest, clipped = 0.0, 0
-        for name in {"x", "flipped"} & tensors.keys():
-            x = tensors[name]
+        for name, x in tensors.items():
             if not bool(x.isfinite().all()):
                 row = int((~x.isfinite().flatten(1).all(1)).nonzero()[0])
-                found = census.records[start + row].key
-                raise UserError("the codec gives no numbers for a picture", key=name, found=found, fix="precision=fp32")
+                who = "the codec gives no numbers for a picture" if name in PICTURES else "a caption's are no numbers"
+                raise UserError(who, key=name, found=census.records[start + row].key, fix="precision=fp32")
+        for name in PICTURES & tensors.keys():
+            x = tensors[name]
             largest = max(largest, float(x.abs().max()))
             if self.config.quantise and self.limit:
                 clipped += int((x.abs() > self.limit).sum())
@@ -532,18 +329,24 @@ class Encoder:
         files: dict[str, Any] = {}
         for name, file in (("x", "latents.npy"), ("flipped", "flipped.npy")):
             if name == "x" or self.config.flip:
-                arrays = (_final(load_tensors(part)[0][name], limit) for part in parts)
+                arrays = (_final(x, limit) for x in _of_parts(parts, name))
                 files[file] = write_npy(self.out / file, kind, (count, *self.shape), arrays, self.work)
-        if self.text:
-            pooled = (load_tensors(part)[0]["pooled"].numpy() for part in parts)
-            files["pooled.npy"] = write_npy(
-                self.out / "pooled.npy", np.float16, (count, self.text.dim), pooled, self.work
-            )
+        files |= self._join_texts(parts, census) if self.texts else {}
         files |= self._write_census(census)
         clipped = sum(m["clipped"] for m in metas)
         manifest = self._manifest(census, files, {"limit": limit, "dtype": np.dtype(kind).name, "clipped": clipped})
         write(self.out / MANIFEST, [manifest_bytes(manifest)], self.work)
         return manifest
+
+    def _join_texts(self, parts: list[Path], census: Census) -> dict[str, Any]:
+        assert self.texts is not None
+        count, whole = len(census.records), {f"empty-{name}": x.numpy() for name, x in self.texts.empty.items()}
+        whole |= {"sizes": census.sizes(self.size)} if self.texts.sizes else {}
+        made: dict[str, tuple[Any, Sequence[int], Iterable[np.ndarray]]]
+        made = {name: (x.dtype, x.shape, [x]) for name, x in whole.items()}
+        for name, shape in self.texts.shapes.items():
+            made[name] = self.texts.written, (count, *shape), _of_parts(parts, name)
+        return {f"{name}.npy": write_npy(self.out / f"{name}.npy", *how, self.work) for name, how in made.items()}
 
     def _write_census(self, census: Census) -> dict[str, Any]:
         files: dict[str, Any] = {}
@@ -560,13 +363,17 @@ class Encoder:
 
     def _manifest(self, census: Census, files: dict[str, Any], latents: dict[str, Any]) -> dict[str, Any]:
         there = lambda name: name if name in files else None
+        shapes, empty = (self.texts.shapes, self.texts.empty) if self.texts else ({}, {})
         return {
             "format": FORMAT,
             "count": len(census.records),
             "shape": list(self.shape),
             "latents": {"file": "latents.npy", **latents},
             "flipped": there("flipped.npy"),
-            "pooled": {"file": "pooled.npy", "dim": self.text.dim} if self.text else None,
+            "pooled": {"file": "pooled.npy", "dim": shapes["pooled"][0]} if "pooled" in shapes else None,
+            "context": {"file": "context.npy", "shape": list(shapes["context"])} if "context" in shapes else None,
+            "empty": {name: f"empty-{name}.npy" for name in empty},
+            "sizes": there("sizes.npy"),
             "labels": there("labels.npy"),
             "classes": (list(self.source.classes) or census.classes) if census.labelled else [],
             "captions": there("captions.jsonl"),
@@ -584,8 +391,12 @@ class Encoder:
         return tqdm(numbers, desc=what, disable=None if self.world.first and len(numbers) > 1 else True)
 
 
-def _final(x: Tensor, limit: float | None) -> np.ndarray:
-    return (quantise(x, limit) if limit and x.dtype != torch.uint8 else x).numpy()
+def _of_parts(parts: list[Path], name: str) -> Iterator[np.ndarray]:
+    return (load_tensors(part)[0][name].numpy() for part in parts)
+
+
+def _final(x: np.ndarray, limit: float | None) -> np.ndarray:
+    return quantise(torch.from_numpy(x), limit).numpy() if limit and x.dtype != np.uint8 else x
 
 
 def _share(parts: range, world: World) -> range:
