@@ -148,7 +148,7 @@ class Autoencode(Task):
             fix = "leave sample.prompts out"
             raise UserError("an autoencoder takes no text", key="sample.prompts", fix=fix)
 
-    def validator(self, trainer: Trainer, data: Any, density: Density) -> "AutoencoderValidator":
+    def validator(self, trainer: Trainer, data: Any, density: Density, most: int) -> "AutoencoderValidator":
         """What measures the model on held-out data."""
         return AutoencoderValidator(trainer, data)
 

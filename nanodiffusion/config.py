@@ -77,7 +77,7 @@ class Config(TrainConfig):
     out: str = "runs"  # the run lives in out/name
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: str = "fp32"  # of the network's products: fp32, bf16, fp16
-    task: Component = component("denoise")  # denoise, autoencode
+    task: Component = component("denoise")  # denoise, autoencode, or on a checkpoint a row of finetune.FINETUNES
     init_from: str = ""  # weights to start from: a run's folder, a checkpoint, a .safetensors; "" = fresh ones
     init_weights: str = "ema-0"  # which of a run's: an average, or model
     matmul: str = "auto"  # fp32 products: highest, high (TF32 on GPUs), medium; auto = the fastest that is exact enough
@@ -85,6 +85,7 @@ class Config(TrainConfig):
     codec: str = ""  # what decodes the data's latents: a folder, file or hub name; "" = what the data says, else pixels
     text: str = ""  # what turns prompts into the net's condition; "" = what the data says
     validation: float = 0.0  # share of the training set held out where the data has no test split; 0 = none
+    validation_samples: int = 512  # of these, how many a diffusion model is measured on, each at 8 noise levels
     net: Component = component("mlp")
     prediction: str = "eps"  # eps, x0, x0_linear, v, flow, edm
     sigma_data: float = 0.5  # of prediction edm
@@ -107,7 +108,7 @@ class Config(TrainConfig):
 # Keys that may differ between a checkpoint and the run that resumes it; how a batch is cut changes rounding, and dropout.
 RESUMABLE = frozenset(
     "steps name out device accumulate parallel compile time_limit log_every validate_every sample_every checkpoint_every "
-    "keep patience trackers sample overwrite codec text".split()
+    "keep patience trackers sample overwrite codec text validation_samples".split()
 )
 
 
@@ -200,7 +201,7 @@ def option_types(row: Callable[..., Any]) -> dict[str, Any]:
 
 def validate(config: Config) -> None:
     """Values that types do not catch."""
-    for key in ("steps", "batch_size", "accumulate", "log_every", "keep", "max_bad_steps"):
+    for key in ("steps", "batch_size", "accumulate", "log_every", "keep", "max_bad_steps", "validation_samples"):
         if getattr(config, key) < 1:
             raise UserError("must be at least 1", key=key, found=getattr(config, key))
     for key in (

@@ -7,7 +7,7 @@ A task makes a model (a module with `net`, `precision` and `loss`), which is all
 how it is validated and pictured.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from nanodiffusion.noise import DENSITIES, SCHEDULES, Density, Schedule
 from nanodiffusion.task import Task, check_net, refuse_images
 from nanodiffusion.train import VALIDATION_SEED, Trainer
 
-VALIDATION_SAMPLES, VALIDATION_LEVELS = 512, 8
+VALIDATION_LEVELS = 8
 SHOWN = 8  # columns of a run's grid where the data has no classes
 WIDEST = 20  # columns of any grid
 OPTIONS = {"label": "num_classes", "pooled": "pooled_dim"}  # of a net: how many classes it knows, how long a text is
@@ -90,11 +90,17 @@ def open_codec(where: str, shape: tuple[int, ...], device: str | torch.device = 
     return codec.eval()
 
 
+def at_once(shape: Sequence[int], factor: int) -> int:
+    """How many pictures of latents (c h w) are drawn or decoded at once: one of 1024 x 1024, and 16 at most."""
+    return min(max(2**20 // (shape[-2] * shape[-1] * factor**2), 1), 16)
+
+
 @torch.no_grad()
-def decoded(codec: Any, x0: Tensor, batch: int = 16) -> Tensor:
+def decoded(codec: Any, x0: Tensor) -> Tensor:
     """Samples as images in [-1, 1], a few at a time: (b c h w) -> (b 3 H W); pixels and points (b d) as they are."""
     if isinstance(codec, PixelCodec):
         return x0
+    batch = at_once(x0.shape[1:], codec.factor)
     device = next(codec.parameters()).device if x0.device.type == "cpu" else x0.device
     with at_work(codec, device, offload=True):  # one that stays behind on the CPU is there for as long as it is needed
         return torch.cat([codec.decode(part.to(device)).clamp(-1, 1).to(x0.device) for part in x0.split(batch)])
@@ -137,9 +143,9 @@ class Denoise(Task):
             fix = "leave sample.prompts out"
             raise UserError("this model takes no text", key="sample.prompts", found=config.net.get("name"), fix=fix)
 
-    def validator(self, trainer: Trainer, data: Any, density: Density) -> "Validator":
+    def validator(self, trainer: Trainer, data: Any, density: Density, most: int) -> "Validator":
         """What measures the model on held-out data."""
-        return Validator(trainer, data, density)
+        return Validator(trainer, data, density, most)
 
     def fixed(self, config: Config, model: Denoiser, data: Any) -> Fixed:
         """The texts' vectors and known parts that pictures are drawn from: of `sample.prompts`, else of the first samples."""
@@ -221,33 +227,36 @@ def completed(x: Tensor, fixed: Fixed) -> Tensor:
 class Validator:
     """Loss on held-out samples at fixed noise and fixed levels: the middles of equally likely parts of the density.
 
-    Every process measures its part of the samples, and all ask their nets equally often, as sharded ones must be.
+    Every process measures its part of the samples, and all ask their nets equally often, as sharded ones must be. The
+    samples are made anew each time: conditions may be large pictures.
     """
 
-    def __init__(self, trainer: Trainer, data: Any, density: Density) -> None:
+    def __init__(self, trainer: Trainer, data: Any, density: Density, most: int) -> None:
         device = trainer.world.device
         g = torch.Generator(device).manual_seed(VALIDATION_SEED)
-        n = min(len(data), VALIDATION_SAMPLES)
-        self.trainer, self.n, data = trainer, n, data.to(device)
-        index = torch.randperm(len(data), generator=g, device=device)[:n]
-        eps = torch.randn(n, *data.shape, generator=g, device=device)
+        self.trainer, self.data = trainer, data.to(device)
+        self.n = n = min(len(data), most)
+        self.index = torch.randperm(len(data), generator=g, device=device)[:n]
+        self.eps = torch.randn(n, *data.shape, generator=g, device=device)
         # to know a part of a sample is a part of the task; other augmentation is not
-        u = torch.rand(n, data.draws, generator=g, device=device) if "concat" in trainer.takes else None
-        self.batches = []
-        for mine, counts in zip(*(part.to(device).split(trainer.micro_batch) for part in trainer.world.part(n))):
-            x0, cond = data.batch(index[mine], None if u is None else u[mine])
-            self.batches.append((x0, eps[mine], trainer.conditions(cond), counts))
+        self.u = torch.rand(n, data.draws, generator=g, device=device) if "concat" in trainer.takes else None
         q = (torch.arange(VALIDATION_LEVELS, device=device) + 0.5) / VALIDATION_LEVELS
         self.levels = torch.quantile(density(2**14, g), q)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Cond, Tensor]]:
+        """This process's samples: x0, eps (b ...), what the net takes, and whether each counts (b)."""
+        world, size = self.trainer.world, self.trainer.micro_batch
+        for mine, counts in zip(*(part.to(world.device).split(size) for part in world.part(self.n))):
+            x0, cond = self.data.batch(self.index[mine], None if self.u is None else self.u[mine])
+            yield x0, self.eps[mine], self.trainer.conditions(cond), counts
 
     @torch.no_grad()
     def _per_level(self) -> list[float]:
         self.trainer.denoiser.eval()
-        objective = self.trainer.plain_objective
         totals = torch.zeros_like(self.levels)
-        for i, sigma in enumerate(self.levels):
-            for x0, eps, cond, counts in self.batches:
-                totals[i] += (objective(x0, sigma.expand(len(x0)), eps, cond) * counts).sum()
+        for x0, eps, cond, counts in self.batches():
+            for i, sigma in enumerate(self.levels):
+                totals[i] += (self.trainer.plain_objective(x0, sigma.expand(len(x0)), eps, cond) * counts).sum()
         return (self.trainer.world.sum(totals) / self.n).tolist()
 
     def row(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -96,7 +97,7 @@ def start_from(net: nn.Module, where: str, weights: str = "ema-0") -> list[str]:
         name = choose_weights(checkpoint, weights)
         tensors, meta, source = checkpoint.files[name], checkpoint.meta[name], checkpoint.folder
     try:
-        state, notes = fit_state(net, tensors, _grid(meta))
+        state, notes = fit_state(net, getattr(net, "renamed", dict)(tensors), _grid(meta))
     except UserError as e:
         raise UserError(e.what, **{**e.details, "file": source}) from None
     load_weights(net, state, source)
@@ -108,6 +109,8 @@ def _grid(meta: dict[str, Any]) -> tuple[int, int] | None:
     if "config" not in meta:
         return None
     config = read_config(meta["config"])
+    if config.net["name"] == "checkpoint":
+        return None
     with torch.device("meta"):  # of a size, but of no memory
         return getattr(make_task(config).net(config).config, "grid", None)
 
@@ -134,7 +137,7 @@ class Run:
     @property
     def root(self) -> Path:
         """The folder of the run, also where one of its checkpoints was read."""
-        return self.folder.parents[1] if self.folder.parent.name == "checkpoint" else self.folder
+        return _root(self.folder)
 
     @cached_property
     def codec(self) -> Any:
@@ -168,6 +171,32 @@ class Run:
     def columns(self, n: int) -> int:
         """Columns of a grid of n such pictures: one a prompt or a class; 0 = as square as n allows."""
         return make_task(self.config).columns(len(self.classes), self.fixed, n)
+
+
+def _root(path: Path) -> Path:
+    return path.parents[1] if path.parent.name == "checkpoint" else path
+
+
+def generation(config: Config, folder: Path) -> str:
+    """The command that draws with what the run in `folder` made of a checkpoint."""
+    task, control = config.task, config.data.get("control") or {}
+    edges = control.get("name") == "canny"
+    options = {
+        "unet": "unet={}",
+        "tokens.safetensors": "tokens={}",
+        "controlnet": "control={}" if control.get("name") == "inpainting" else "control={}:PICTURE.png",
+        "adapter": "adapter={}:EDGES.png" if edges else "adapter={}:PICTURE.png",
+        "lora.safetensors": "lora={}",
+        "learned_embeds.safetensors": "embedding={}",
+    }
+    words = [option.format(folder / name) for name, option in options.items() if (folder / name).exists()]
+    if edges and task["name"] == "controlnet":
+        words.append(f"canny=[{control.get('low', 100)},{control.get('high', 200)}]")
+    words += ["image=PICTURE.png", "mask=MASK.png"] if "hole" in config.data else []
+    words += ["sampler=lcm", "ladder=lcm", "steps=4", "guidance=1"] if task["name"] == "lcm" else []
+    words += [f"variant={task['variant']}"] if task.get("variant") else []
+    (prompt,) = config.sample.prompts[:1] or ["..."]
+    return shlex.join(["nanodiffusion", "generate", prompt, f"model={task['base']}", *words])
 
 
 def find_checkpoint(path: str | Path, best: bool = False) -> Checkpoint:
@@ -206,6 +235,9 @@ def load_run(path: str | Path, weights: str = "ema-0", device: str | torch.devic
     if config.task["name"] == "autoencode":
         fix = f"codec={path}/codec, where latents are encoded or decoded"
         raise UserError("this run is an autoencoder, which draws nothing by itself", file=path, fix=fix)
+    if config.net.get("name") == "checkpoint":
+        fix = generation(config, _root(Path(path)))
+        raise UserError("this run trained a part of a checkpoint, which draws in its place there", file=path, fix=fix)
     model = make_trained(config)
     load_weights(model.net, checkpoint.files[weights], checkpoint.folder)
     denoiser = getattr(model, "denoiser", model)
@@ -290,8 +322,10 @@ class Runner:
         self.trainer.conditions(given)
         if line := conditioning(denoiser.net, self.trainer.takes, given, len(data.classes)):
             self.say(line)
-        validates = held_out and config.validate_every
-        self.validator = self.task.validator(self.trainer, held_out, self.density) if validates else None
+        self.validator = None
+        if held_out and config.validate_every:
+            most = config.validation_samples
+            self.validator = self.task.validator(self.trainer, held_out, self.density, most)
         self.fixed: Fixed = self.task.fixed(config, denoiser, held_out or data)
         self.prompts = self._prompts(held_out or data)
         self._codec: Any = getattr(denoiser, "codec", None)  # or why there is none
@@ -525,13 +559,13 @@ class Runner:
             self.save(best=True)
         return "patience" if self.config.patience and p.waited >= self.config.patience else ""
 
-    def pictures(self, n: int, weights: int | None = 0, first: int = 0) -> Tensor:
-        """n samples (n *shape) at seeds first, first + 1, ..., conditions in turn; of the average `weights`, None = raw.
+    def pictures(self, n: int, weights: int | None = 0) -> Tensor:
+        """n samples (n *shape) at seeds 0, 1, ..., conditions in turn; of the average `weights`, None = raw.
 
         Drawn by this process alone; of a sharded net by the weights that were saved last.
         """
         with self._model(weights, alone=True) as model:
-            return self.task.pictures(model, self.config, self.data.shape, self.fixed, range(first, first + n))
+            return self.task.pictures(model, self.config, self.data.shape, self.fixed, range(n))
 
     def _share(self, n: int, weights: int | None) -> Tensor:
         """This process's part of n pictures, as many as every other one's; those beyond n are too many."""
@@ -610,6 +644,11 @@ class Runner:
             return self.images(x0), None
         except UserError as e:
             return None, "" if e is self._codec else _no_picture(name, e)
+        except torch.OutOfMemoryError as e:
+            fix = "a smaller sample.n, or sample_every=0"
+            return None, _no_picture(
+                name, UserError("there is not enough memory", found=str(e).split(". ")[0], fix=fix)
+            )
 
     def show(self, path: Path) -> None:
         """A picture of the run to every tracker."""

@@ -44,8 +44,8 @@ class Task:
     def check(self, model: Any, config: Config, shape: tuple[int, ...]) -> None:
         """UserError for what would be refused only after training on samples of `shape`."""
 
-    def validator(self, trainer: Any, data: Any, density: Any) -> Any:
-        """What measures the model on held-out data: its row() is a row of metrics."""
+    def validator(self, trainer: Any, data: Any, density: Any, most: int) -> Any:
+        """What measures the model on `most` samples of held-out data: its row() is a row of metrics."""
         raise NotImplementedError
 
     def fixed(self, config: Config, model: Any, data: Any) -> dict[str, Tensor]:

@@ -242,7 +242,7 @@ def test_validation_rows_equal_a_loss_computed_by_hand(tmp_path):
         "ema": [{"name": "constant", "decay": 0.8}],
     }
     runner = make_runner(tmp_path, options)
-    ((x0, eps, _, counts),) = runner.validator.batches
+    ((x0, eps, _, counts),) = runner.validator.batches()
     runner.run()
     row = next(r for r in rows(tmp_path / "run") if "val/loss" in r)
     assert len(x0) == 15 and counts.all() and len(row["val/sigma"]) == 8

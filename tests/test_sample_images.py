@@ -105,6 +105,11 @@ def holes(place: Path, *names: str) -> Tensor:
 # -- what pictures are made into ---------------------------------------------------------------------------------------
 
 
+def test_every_prompt_is_drawn_where_there_are_fewer_samples_than_prompts(place):
+    found = fixed(place, "text_to_image", {}, prompts=[f"a photo of {thing}" for thing in "abcdefghijklmnop"])
+    assert len(found["ids"].unique(dim=0)) == 16
+
+
 def test_a_control_is_opencvs_edges_of_the_users_picture_whose_size_is_told(place):
     found = samples(place, {**CANNY, "buckets": [[64, 64], [64, 128]]}, "coffee", "chelsea")
     edges = np.stack([cv2.Canny(crop, 100, 200) for crop in crops(place, "coffee", "chelsea")])

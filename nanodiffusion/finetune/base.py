@@ -6,22 +6,25 @@ batch (pixels, cond) of a data set becomes (latents, cond) in `Prepared`; what t
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from nanodiffusion.config import Config
 from nanodiffusion.data import order
 from nanodiffusion.data.conditioning import hide, latent_mask
-from nanodiffusion.denoiser import PRECISIONS, Cond, Denoiser
+from nanodiffusion.denoiser import PRECISIONS, Cond, Denoiser, as_float
 from nanodiffusion.draw import begin, check_settings, cycled, make_step
 from nanodiffusion.errors import UserError
 from nanodiffusion.finetune.encoded import ready_made
 from nanodiffusion.guidance import cfg
-from nanodiffusion.objective import SHOWN, Fixed, Validator, make_schedule
+from nanodiffusion.noise import SCHEDULES, Schedule
+from nanodiffusion.objective import SHOWN, Fixed, Validator, at_once, make_schedule
+from nanodiffusion.pretrained.scheduler_config import scheduler_json
 from nanodiffusion.sampler import ImageNoise, sample
 from nanodiffusion.task import Task, refuse_images
 from nanodiffusion.text.reader import Reader
@@ -51,7 +54,9 @@ class Tuned(nn.Module):
         self.natural = 8 * latent  # the side of a picture, as a U-Net's folder counts it
         self.precision = PRECISIONS[config.precision]
         whole = bundle.denoiser.net if whole is None else whole
-        self.denoiser = Denoiser(whole, config.prediction, config.clock, make_schedule(config), self.precision)
+        schedule = make_schedule(config)
+        self.denoiser = Denoiser(whole, config.prediction, config.clock, schedule, self.precision)
+        self.scheduler = scheduler_json(schedule, config.prediction, bundle.scheduler)  # how F is to be read
         self.takes = (*self.takes, *(("sizes",) if self.sizes else ()))
 
     # what the U-Net is told
@@ -108,9 +113,9 @@ class Tuned(nn.Module):
 
     def conditioned(self, cond: Cond) -> dict[str, Any]:
         """`condition` in the model's precision."""
-        device = next(self.net.parameters()).device.type
-        half = self.precision != torch.float32
-        with torch.autocast(device, self.precision) if half else nullcontext():
+        if self.precision == torch.float32:  # whatever the frozen encoders are in
+            return tree_map(partial(as_float, dtype=torch.float32), self.condition(cond))
+        with torch.autocast(next(self.net.parameters()).device.type, self.precision):
             return self.condition(cond)
 
 
@@ -205,9 +210,15 @@ class Finetune(Task):
     variant: str = ""  # of the weights: fp16
     frozen: str = "auto"  # dtype of what is not trained: fp32, bf16, fp16; auto = the run's precision on a GPU
     checkpointing: bool = False  # activations are computed again, for a third more time and much less memory
-    new_prediction: bool = False  # allows a `prediction` other than the checkpoint's
+    new_prediction: bool = False  # allows a `prediction` and a `schedule` other than the checkpoint's
 
     # what a task adds, beside what it publishes
+
+    def loaded(self, dtype: str) -> "Bundle":
+        """The checkpoint as training finds it."""
+        from nanodiffusion.pretrained.load import load_pretrained  # slow to import
+
+        return load_pretrained(self.base, dtype, "cpu", self.variant or None)
 
     def tuned(self, bundle: "Bundle", config: Config) -> Tuned:
         """The checkpoint with what is to be trained: frozen, but for `net`."""
@@ -224,20 +235,10 @@ class Finetune(Task):
 
     def model(self, config: Config) -> Tuned:
         """The checkpoint at `base` with what is to be trained, the same for the same seed."""
-        from nanodiffusion.pretrained.load import load_pretrained  # slow to import
-
         half = config.precision if torch.cuda.is_available() and config.device != "cpu" else "fp32"
-        bundle = load_pretrained(self.base, half if self.frozen == "auto" else self.frozen, "cpu", self.variant or None)
-        said = bundle.denoiser.prediction.name
-        if config.prediction != said and not self.new_prediction:
-            fix = f"prediction={said}, or task.new_prediction=true to train it to predict another thing"
-            raise UserError(
-                "the checkpoint predicts something else",
-                file=self.base,
-                key="prediction",
-                found=config.prediction,
-                fix=fix,
-            )
+        bundle = self.loaded(half if self.frozen == "auto" else self.frozen)
+        if not self.new_prediction:
+            check_reading(bundle, config)
         bundle.denoiser.requires_grad_(False)
         vars(bundle.denoiser.net)["checkpointing"] = self.checkpointing
         model = self.tuned(bundle, config)
@@ -258,9 +259,9 @@ class Finetune(Task):
         if not {"control", "concat"} & set(model.takes):
             refuse_images(config.sample)
 
-    def validator(self, trainer: "Trainer", data: Any, density: Any) -> Validator:
+    def validator(self, trainer: "Trainer", data: Any, density: Any, most: int) -> Validator:
         """What measures the model on held-out data."""
-        return Validator(trainer, data.square(), density)
+        return Validator(trainer, data.square(), density, most)
 
     def fixed(self, config: Config, model: Tuned, data: Any) -> Fixed:
         """The conditions (k ...) that pictures are drawn from: of the first samples, with `sample.prompts` for captions.
@@ -268,28 +269,39 @@ class Finetune(Task):
         Of `sample.images` instead, where there are any, and without prompts no caption.
         """
         given, prompts = config.sample, config.sample.prompts
-        k = min(len(data), max(len(prompts), SHOWN))
+        k = max(len(prompts), min(len(data), SHOWN))
         if given.images:
             k = max(map(len, (prompts, given.images, given.masks)))
             each = ([some[i % len(some)] for i in range(k)] if some else [] for some in (given.images, given.masks))
             data = data.own(*each, [""] * k)
-        _, cond = data.square().to(next(model.net.parameters()).device).batch(torch.arange(k))
-        taken = {name: value.cpu() for name, value in cond.items() if name in model.takes}
+        data = data.square().to(next(model.net.parameters()).device)
+        conds = [
+            data.batch(row)[1] for row in cycled(k, len(data)).split(1)
+        ]  # so that one picture at a time is encoded
+        taken = {name: torch.cat([cond[name] for cond in conds]).cpu() for name in conds[0] if name in model.takes}
         if prompts:
             taken |= {name: v[cycled(k, len(v))] for name, v in model.told(prompts).items()}
         return taken
 
     @torch.no_grad()
     def pictures(
-        self, model: Tuned, config: Config, shape: Sequence[int], fixed: Fixed, seeds: Sequence[int], start: int = 0
+        self, model: Tuned, config: Config, shape: Sequence[int], fixed: Fixed, seeds: Sequence[int]
     ) -> Tensor:
-        """Latents (n *shape), one a seed, the fixed conditions in turn from number `start`."""
+        """Latents (n *shape), one a seed, the fixed conditions in turn, as many at once as `at_once` says."""
         model.eval()
-        device = next(model.net.parameters()).device
-        k = len(next(iter(fixed.values())))
-        row = torch.arange(start, start + len(seeds)) % k
-        cond = {name: value[row].to(device) for name, value in fixed.items()}
-        given = config.sample
+        each = at_once(shape, model.codec.factor)
+        row = cycled(len(seeds), len(next(iter(fixed.values()))))
+        parts = [
+            self._drawn(
+                model, config, shape, {name: v[row[i : i + each]] for name, v in fixed.items()}, seeds[i : i + each]
+            )
+            for i in range(0, len(seeds), each)
+        ]
+        return torch.cat(parts)
+
+    def _drawn(self, model: Tuned, config: Config, shape: Sequence[int], fixed: Fixed, seeds: Sequence[int]) -> Tensor:
+        device, given = next(model.net.parameters()).device, config.sample
+        cond = {name: value.to(device) for name, value in fixed.items()}
         lo, hi = given.guidance_interval or (0.0, float("inf"))
         told, nothing = (model.conditioned(c) for c in (cond, model.unconditional(cond)))
         D = cfg(model.denoiser, told, nothing, given.guidance, lo, hi, given.guidance_rescale)
@@ -301,3 +313,27 @@ class Finetune(Task):
     def columns(self, classes: int, fixed: Fixed, n: int) -> int:
         """As many columns as conditions."""
         return min(n, len(next(iter(fixed.values()))))
+
+
+def check_reading(bundle: "Bundle", config: Config) -> None:
+    """UserError unless a checkpoint predicts what a config says, and was trained on its noise levels."""
+    file, said = bundle.source.get("unet", bundle.source["name"]), bundle.denoiser.prediction.name
+    if config.prediction != said:
+        fix = f"prediction={said}, or task.new_prediction=true to train it to predict another thing"
+        what, found = "the checkpoint predicts something else", config.prediction
+        raise UserError(what, file=file, key="prediction", expected=said, found=found, fix=fix)
+    schedule = make_schedule(config)
+    if not same_levels(schedule, bundle.schedule):
+        name = next((name for name in ("ldm", "ldm_zero_snr") if same_levels(SCHEDULES[name](), bundle.schedule)), None)
+        known = f"schedule={{name: {name}}}" if name else "a schedule of these levels"
+        fix = f"{known}, or task.new_prediction=true to train it on other levels"
+        expected, found = (
+            f"{len(s)} levels, sigma {s.sigmas[0]:.4g} to {s.sigmas[-1]:.5g}" for s in (bundle.schedule, schedule)
+        )
+        what = "the checkpoint was trained on other noise levels"
+        raise UserError(what, file=file, key="schedule", expected=expected, found=found, fix=fix)
+
+
+def same_levels(a: Schedule, b: Schedule) -> bool:
+    """Whether two tables are one but for rounding: betas are published in half a dozen digits."""
+    return len(a) == len(b) and torch.allclose(a.sigmas, b.sigmas, rtol=1e-3)
