@@ -38,7 +38,7 @@ check: .venv/dev  ## format, lint, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 slow: .venv/dev  ## the tests that take minutes
-	@$(BIN)/python -m pytest -q -m slow
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 
 bench: .venv/dev  ## speed and memory against peers, both sides in one run
 	@$(BIN)/python -m benchmarks.bench

@@ -94,7 +94,8 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def as_float(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor of floating point in that dtype; whatever else, as it is."""
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -140,7 +141,7 @@ class Denoiser(nn.Module):
 
     def _net(self, scaled: Tensor, t: Tensor, cond: Cond) -> Tensor:
         if self.half is not None and self.precision == torch.float32:
-            half = partial(_cast, dtype=self.half)
+            half = partial(as_float, dtype=self.half)
             return self.net(half(scaled), t, **tree_map(half, dict(cond))).to(scaled.dtype)
         if self.precision == torch.float32:
             return self.net(scaled, t, **cond)

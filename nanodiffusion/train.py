@@ -227,11 +227,14 @@ class Trainer:
         self.config, self.world, self.density = config, world or World(), density
         self.parts = config.accumulate * self.world.size
         if config.batch_size % self.parts:
+            fewer = -(-config.accumulate // self.world.size)  # no process holds more at once than one alone did
+            least = -(-config.batch_size // (fewer * self.world.size)) * fewer * self.world.size
             raise UserError(
                 "the global batch does not divide into micro-batches",
                 key="batch_size",
                 expected=f"a multiple of accumulate * processes = {self.parts}",
                 found=config.batch_size,
+                fix=f"batch_size={least} accumulate={fewer}",
             )
         self.micro_batch = config.batch_size // self.parts  # samples that a process holds at once
         validate_training(config)

@@ -26,7 +26,15 @@ from nanodiffusion.cli.sample import Options
 from nanodiffusion.cli.train import plan
 from nanodiffusion.cli.words import parse_value
 from nanodiffusion.config import Config
+from nanodiffusion.data import DATASETS
+from nanodiffusion.denoiser import CLOCKS, DISTANCES, PREDICTIONS, WEIGHTS
+from nanodiffusion.ema import PROFILES
+from nanodiffusion.finetune import FINETUNES
+from nanodiffusion.nets import NETS
+from nanodiffusion.noise import DENSITIES, LADDERS, SCHEDULES
 from nanodiffusion.objective import TASKS, make_density, make_schedule, make_task
+from nanodiffusion.sampler import STEPS
+from nanodiffusion.tracking import TRACKERS
 
 pytest.importorskip("hydra")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,6 +156,30 @@ def test_full_sets_every_key_at_its_default_and_explains_it():
     assert set(unexplained) <= {"out", "sample"}
 
 
+TABLES = {
+    "task": [*TASKS, *FINETUNES],
+    "data": [*DATASETS],
+    "net": [*NETS],
+    "prediction": [*PREDICTIONS],
+    "clock": [*CLOCKS],
+    "schedule": [*SCHEDULES],
+    "density": [*DENSITIES],
+    "loss": [*DISTANCES],
+    "weight": [*WEIGHTS],
+    "optimizer": ["AdamW8bit"],
+    "ema": [*PROFILES, "device"],
+    "trackers": [*TRACKERS],
+    "sampler": [*STEPS],
+    "ladder": [*LADDERS],
+}
+
+
+@pytest.mark.parametrize("key", TABLES)
+def test_full_names_every_row_of_a_table(key: str):
+    (said,) = re.findall(rf"^ *{key}: .*\n(?: +#.*\n)*", (CONFIGS / "full.yaml").read_text(), re.MULTILINE)
+    assert [row for row in TABLES[key] if row not in re.findall(r"[\w-]+", said)] == []
+
+
 def one(recipe: str, *words: str) -> Config:
     ((config, _),) = plan(recipe, words)
     return config
@@ -167,6 +199,46 @@ def test_a_key_the_recipe_does_not_mention_can_be_set():
 )
 def test_another_component_drops_the_recipes_options_of_the_old_one(words: list[str]):
     assert one("debug", *words).net == {"name": "mlp", "hidden": [8]}
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> str:
+    """A recipe that trains on a checkpoint, with options of everything."""
+    data = "data: {name: pictures, path: p, size: 64, control: {name: canny, low: 1, high: 2}}"
+    (tmp_path / "tuned.yaml").write_text(
+        f"task: {{name: lcm, base: b, checkpointing: true, rank: 8, w_max: 9}}\n{data}\n"
+    )
+    return str(tmp_path / "tuned.yaml")
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["data.control={name: paired}", "data.control.name=paired", "data={name: pictures, control: {name: paired}}"],
+)
+def test_so_does_another_component_inside_one(tuned: str, word: str):
+    assert one(tuned, word).data == {"name": "pictures", "path": "p", "size": 64, "control": {"name": "paired"}}
+    same = one(tuned, "data.control={name: canny, low: 0}").data["control"]
+    assert same == {"name": "canny", "low": 0, "high": 2}
+
+
+def test_own_recipes_define_a_component_inside_one_wholly(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [sd-controlnet, _self_]\ndata: {control: {name: paired}, workers: 1}\n"
+    )
+    config = one(str(tmp_path / "mine.yaml"))
+    assert (config.data["control"], config.data["workers"], config.data["size"]) == ({"name": "paired"}, 1, 512)
+
+
+@pytest.mark.parametrize("word", ["task.name=lora", "task=lora", "task={name: lora}"])
+def test_another_task_keeps_what_both_take(tuned: str, word: str):
+    assert one(tuned, word).task == {"name": "lora", "base": "b", "checkpointing": True, "rank": 8}
+    assert one(tuned, "task=inpaint", "task.frozen=bf16").task == {
+        "name": "inpaint",
+        "base": "b",
+        "checkpointing": True,
+        "frozen": "bf16",
+    }
+    assert one(tuned, "task=denoise").task == {"name": "denoise"}
 
 
 def test_the_same_component_keeps_the_recipes_options():

@@ -19,7 +19,7 @@ import sd_files
 import skimage.data
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from nanodiffusion.checkpoint import checkpoints, load_tensors
@@ -466,6 +466,27 @@ def test_training_starts_from_weights_of_an_earlier_one(tmp_path, shards):
     again = config_of(tmp_path, shards, unet_resume_from=str(made), learning_rate=0.0, max_train_steps=1)
     assert theirs.main(["--config_path", again]) == 0
     assert_close(weights(tmp_path / "run"), weights(tmp_path / "first"), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_unet_with_tokens_starts_from_a_file_of_both_as_that_system_has_it(tmp_path, shards):
+    """The U-Net's names and the tokens' side by side, without what ours put before them; a U-Net alone is told."""
+    keys = kind_keys("unet_inpainting_cross_attention_conditioning")
+    first = config_of(tmp_path, shards, "first.yaml", output_dir=str(tmp_path / "first"), **keys)
+    assert theirs.main(["--config_path", first]) == 0
+    left = tmp_path / "first"
+    both = load_file(left / "unet/diffusion_pytorch_model.safetensors") | load_file(left / "tokens.safetensors")
+    save_file(both, tmp_path / "both.safetensors")
+    again = config_of(
+        tmp_path,
+        shards,
+        unet_resume_from=str(tmp_path / "both.safetensors"),
+        learning_rate=0.0,
+        max_train_steps=1,
+        **keys,
+    )
+    assert theirs.main(["--config_path", again]) == 0
+    assert_close(weights(tmp_path / "run"), weights(left), rtol=0, atol=0)
 
 
 # -- E18: a cluster of two machines that are this one ------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanodiffusion.config import make, read_config
+from nanodiffusion.data import order
 from nanodiffusion.errors import UserError
 from nanodiffusion.finetune import FINETUNES
 from nanodiffusion.finetune.base import Prepared, posterior_noise
@@ -51,6 +52,18 @@ class Pixels:
 
     def to(self, device: torch.device) -> "Pixels":
         return self
+
+    def square(self) -> "Pixels":
+        return self
+
+    def order(self, batch: int, seed: int, step: int) -> Tensor:
+        return order(len(self), batch, seed, step)
+
+    def shape_of(self, index: Tensor) -> tuple[int, ...]:
+        return self.shape
+
+    def prefetch(self, index: Tensor, u: Tensor) -> None:
+        pass
 
     def batch(self, index: Tensor, u: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         x = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(5)) * 2 - 1
@@ -272,6 +285,55 @@ def test_an_inpainting_step_has_the_gradients_of_diffusers(family):
 # ---- what changes, and what does not
 
 
+EVERY = {"sd1": ["unet", "text"], "sd2": ["unet", "text"], "sdxl": ["unet", "text", "text_2"]}
+
+
+@pytest.mark.parametrize("family", ["sdxl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd1", "sd2"))])
+def test_every_factor_of_a_lora_has_a_gradient_and_diffusers_reads_them_all(family, tmp_path, caplog):
+    said = {"prediction": "v"} if family == "sd2" else {}
+    match = ["to_v", "to_out.0", "q_proj", "out_proj", "fc1", "text_projection"]
+    trainer = trainer_of("lora", family, task_targets=EVERY[family], task_match=match, task_rank=2, **said)
+    model: Any = trainer.denoiser
+    with torch.no_grad():
+        for p in model.net.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    trainer.losses(trainer.draw()[0]).mean().backward()
+    nothing = [name for name, p in model.net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not nothing
+    config: Any = trainer.config
+    make(FINETUNES, config.task, "task")().publish(model, None, 0, tmp_path)
+    pipe = loaded_by_diffusers(family)
+    with caplog.at_level("WARNING"):
+        pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    assert not [r.getMessage() for r in caplog.records if "key" in r.getMessage()]
+    names = {"unet": "unet", "text": "text_encoder", "text_2": "text_encoder_2"}
+    read = {
+        f"{target}/{layer.removeprefix('text_model.')}"
+        for target, name in names.items()
+        for layer, module in getattr(getattr(pipe, name, None), "named_modules", list)()
+        if hasattr(module, "lora_A")
+    }
+    assert read == {f"{t}/{layer.removeprefix('text_model.')}" for t, layer, _ in model.net.applied.lora}
+
+
+def loaded_by_diffusers(family: str) -> Any:
+    """The checkpoint as diffusers loads it."""
+    import diffusers
+
+    return diffusers.DiffusionPipeline.from_pretrained(sd_files.tree(family))
+
+
+@pytest.mark.parametrize(
+    "task",
+    ["text_to_image", *(pytest.param(t, marks=pytest.mark.slow) for t in ("inpaint", "inpaint_by_tokens", "lora"))],
+)
+def test_frozen_parts_in_half_precision_beside_a_network_trained_in_float32(task):
+    trainer = trainer_of(task, task_frozen="bf16", steps=1)
+    losses, exact = ([float(step.loss) for step in t] for t in (trainer, trainer_of(task, steps=1)))
+    assert {p.dtype for p in trainer.parameters} == {torch.float32}
+    assert losses == pytest.approx(exact, rel=0.02)
+
+
 @pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize("task", TASKS)
 def test_nothing_but_what_is_trained_changes(task, family):
@@ -371,6 +433,15 @@ def test_ids_of_no_text_are_marked_only_where_zeros_stand_for_it():
         ("text_to_image", {"task_frozen": "fp8"}, "dtype|fp8"),
         ("no_such_task", {}, "task.name"),
         ("lora", {"task_strength": 1.0}, "strength"),
+        ("lora", {"task_start": "/nowhere/at/all.safetensors"}, "nowhere"),
+        ("lora", {"task_start": str(sd_files.part("controlnet", "sd1"))}, "LoRA"),
+        ("text_to_image", {"task_start": "/nowhere/at/all"}, "nowhere"),
+        ("text_to_image", {"task_start": str(sd_files.part("controlnet", "sd1"))}, "no UNet2DConditionModel"),
+        ("text_to_image", {"task_start": str(sd_files.tree("sd2") / "unet")}, "does not belong"),
+        ("text_to_image", {"task_start": str(sd_files.tree("sd1", inpaint=True))}, "task.name=inpaint"),
+        ("text_to_image", {"schedule": {"name": "ldm_zero_snr"}}, r"schedule=\{name: ldm\}"),
+        ("controlnet", {"task_frozen": "bf16"}, "precision=bf16"),
+        ("text_to_image", {"prediction": "flow", "task_new_prediction": True}, "no such prediction"),
     ],
 )
 def test_what_cannot_be_trained_is_one_message(task, more, said):
@@ -380,6 +451,38 @@ def test_what_cannot_be_trained_is_one_message(task, more, said):
 
     with pytest.raises(UserError, match=said):
         build()
+
+
+ZERO = {"rescale_betas_zero_snr": True}
+OTHER = {"beta_start": 0.0005, "beta_end": 0.02}
+TRAINED = {
+    "trained_betas": [round((0.00085**0.5 + i / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2, 9) for i in range(1000)]
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "schedule", "fix"),
+    [
+        (ZERO, "ldm_zero_snr", r"schedule=\{name: ldm_zero_snr\}"),
+        (OTHER, "", "a schedule of these levels"),
+        pytest.param({"timestep_spacing": "trailing", "steps_offset": 0}, "ldm", "", marks=pytest.mark.slow),
+        pytest.param(TRAINED, "ldm", "", marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_is_trained_on_its_own_noise_levels_unless_others_are_asked_for(changes, schedule, fix):
+    base = str(sd_files.tree("sd1", scheduler=changes))
+
+    def build(**more: Any) -> Any:
+        config = config_of("text_to_image", task_base=base, **more)
+        return make(FINETUNES, config.task, "task")().model(config)
+
+    if fix:
+        with pytest.raises(UserError, match=fix) as e:
+            build()
+        assert "1000 levels" in str(e.value) and len(str(e.value).splitlines()) <= 6
+        build(task_new_prediction=True)
+    if schedule:
+        build(schedule={"name": schedule})
 
 
 def test_pictures_that_the_codec_cannot_halve_are_refused():
@@ -421,6 +524,74 @@ def test_a_trained_unet_keeps_the_natural_size_of_its_base(task, shallow, tmp_pa
         row = make(FINETUNES, config.task, "task")()
         row.publish(row.model(config), None, 0, tmp_path / name)
         assert json.loads((tmp_path / name / "unet/config.json").read_text())["sample_size"] == 8
+
+
+# ---- what training goes on from
+
+
+def grown(family: str, file: Path, layout: str = "kohya") -> None:
+    """A LoRA of the U-Net and the first text encoder, of two ranks and alphas, as other trainers leave it."""
+    from nanodiffusion.lora import Lora, new_lora, save_lora
+
+    bundle, draw = load_pretrained(sd_files.tree(family), device="cpu"), torch.Generator().manual_seed(2)
+    parts: Any = {}
+    for target, net, rank in (("unet", bundle.denoiser.net, 3), ("text", bundle.text.parts[0].net, 2)):
+        applied = new_lora({target: net}, rank, 5.0, generator=draw)
+        for p in applied.parameters():
+            p.data = 0.2 * torch.randn(p.shape, generator=draw)
+        parts |= applied.lora.parts
+    save_lora(Lora(parts), file, layout)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_a_started_lora_gives_what_the_base_gives_with_it_and_goes_on(family, tmp_path):
+    from nanodiffusion.lora import add_lora, read_lora
+
+    file = tmp_path / "theirs.safetensors"
+    grown(family, file)
+    trainer, plain = (
+        trainer_of("lora", family, task_start=str(file), lr=1e-2, steps=1),
+        trainer_of("text_to_image", family),
+    )
+    model: Any = trainer.denoiser
+    bare: Any = plain.denoiser
+    nets: Any = {"unet": bare.denoiser.net, "text": bare.reader.encoders[0]}
+    (draw,) = plain.draw()
+    x0, cond = plain.data.batch(draw.index, draw.u)
+    with torch.no_grad():
+        before = bare(x0, draw.sigma, plain.conditions(cond))
+        add_lora(nets, read_lora(file))
+        wanted = bare(x0, draw.sigma, plain.conditions(cond))
+        found = model(x0, draw.sigma, plain.conditions(cond))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert (wanted - before).abs().max() > 0.01
+    net: Any = model.net
+    assert {(t, f.rank, f.alpha) for t, _, f in net.applied.lora} == {("unet", 3, 5.0), ("text", 2, 5.0)}
+    started = [p.detach().clone() for p in trainer.parameters]
+    for _ in trainer:
+        pass
+    assert not any(torch.equal(a, b) for a, b in zip(started, trainer.parameters))
+
+
+@pytest.mark.parametrize("task", ["text_to_image", pytest.param("inpaint", marks=pytest.mark.slow)])
+def test_a_unet_goes_on_from_what_a_run_left_and_says_how_it_is_read(task, tmp_path):
+    """With the prediction and the noise levels that the run changed, which diffusers reads too."""
+    import diffusers
+
+    new = {"prediction": "v", "schedule": {"name": "ldm_zero_snr"}}
+    first = trainer_of(task, task_new_prediction=True, lr=1e-3, steps=1, **new)
+    for _ in first:
+        pass
+    config: Any = first.config
+    make(FINETUNES, config.task, "task")().publish(first.denoiser, None, 0, tmp_path)
+    scheduler: Any = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    read = scheduler.config
+    assert (read.prediction_type, read.rescale_betas_zero_snr) == ("v_prediction", True)
+    for where in (tmp_path, tmp_path / "unet", tmp_path / "unet/diffusion_pytorch_model.safetensors"):
+        again: Any = trainer_of(task, task_start=str(where), **new).denoiser
+        torch.testing.assert_close(again.net.state_dict(), first.denoiser.net.state_dict(), rtol=0, atol=0)
+    with pytest.raises(UserError, match="prediction=v"):
+        trainer_of(task, task_start=str(tmp_path))
 
 
 def test_a_new_word_begins_as_a_word_of_one_token():

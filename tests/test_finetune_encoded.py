@@ -15,6 +15,7 @@ from nanodiffusion.config import make
 from nanodiffusion.data import load_data
 from nanodiffusion.data.encoded import read_manifest
 from nanodiffusion.distributed import World
+from nanodiffusion.encode import EncodeConfig, Encoder
 from nanodiffusion.errors import UserError
 from nanodiffusion.finetune import FINETUNES
 from nanodiffusion.finetune.encoded import ready_made
@@ -339,6 +340,27 @@ def test_a_mistake_in_the_command_is_one_message(place, tmp_path, capsys, monkey
     assert main([*given, *words.split()]) == 2
     error = capsys.readouterr().err
     assert said in error and len(error.strip().splitlines()) <= 6
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "expected"),
+    [
+        ("{base}", {}, (0, False)),
+        ("{base}", {"quantise": True}, (0, True)),
+        ("{base}", {"limit": 20.0, "size": 48}, (48, True)),
+        ("words:8", {}, (256, True)),
+        ("", {"quantise": False}, (256, False)),
+    ],
+)
+def test_for_a_checkpoint_pictures_have_its_size_and_latents_are_floats_unless_something_else_is_asked_for(
+    place, tmp_path, text, more, expected
+):
+    base = sd_files.tree("sd1")
+    side = json.loads((base / "unet/config.json").read_text())["sample_size"]
+    natural = side * 2 ** (len(json.loads((base / "vae/config.json").read_text())["block_out_channels"]) - 1)
+    config = EncodeConfig(str(place / "photos"), str(base), text.format(base=base), **more)
+    chosen = Encoder(config, tmp_path / "x", World()).config
+    assert (chosen.size, chosen.quantise) == (expected[0] or natural, expected[1])
 
 
 def test_a_set_for_sdxl_without_sizes_is_one_message(place):

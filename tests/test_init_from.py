@@ -157,3 +157,35 @@ def test_a_run_from_before_a_key_was_there_is_resumed(tmp_path):
     old = json.loads(file.read_text())
     file.write_text(json.dumps({k: v for k, v in old.items() if k not in ("task", "init_from", "init_weights")}))
     assert make_runner(tmp_path, POINTS, steps=4).trainer.step == 2
+
+
+@pytest.mark.parametrize("task", ["lora", pytest.param("controlnet", marks=pytest.mark.slow)])
+def test_a_run_on_a_checkpoint_starts_from_another_one_s_weights(tmp_path, task):
+    from test_finetune import LDM, write_pictures
+
+    from nanodiffusion.config import read_config
+    from nanodiffusion.distributed import World
+    from tests import sd_files
+
+    data = {"name": "pictures", "path": str(write_pictures(tmp_path / "photos")), "size": 64}
+    data |= {"control": {"name": "canny"}} if task == "controlnet" else {}
+
+    def runner(name: str, **more: Any) -> Runner:
+        spec = {"name": task, "base": str(sd_files.tree("sd1"))}
+        options = {
+            **LDM,
+            "task": spec,
+            "data": data,
+            "batch_size": 2,
+            "steps": 1,
+            "lr": 1e-2,
+            "device": "cpu",
+            "ema": [],
+        }
+        return Runner(read_config({**options, "out": str(tmp_path), "name": name, **more}), World(), lambda _: None)
+
+    first = runner("first")
+    assert first.run() == "done"
+    again = runner("again", init_from=str(tmp_path / "first"), seed=1)
+    assert again.trainer.step == 0
+    assert_close(weights(again), weights(first), rtol=0, atol=0)

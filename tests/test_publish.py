@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -662,3 +664,57 @@ def test_parts_that_do_not_fit_are_told(
     assert re.search(said, message), message
     assert len(message.splitlines()) <= 7
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+# -- what a U-Net was trained to predict, of which noise levels -----------------------------------------------------------
+
+
+def told_anew(folder: Path) -> nn.Module:
+    """A run's `unet/` and `scheduler/`: v on levels that end in noise alone, of a base that predicts eps."""
+    net = trained(load_unet(sd_files.tree("sd1"), "keep"))
+    save_part(net, folder / "unet")
+    config = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "rescale_betas_zero_snr": True,
+    }
+    scheduler = diffusers.DDIMScheduler(**config, prediction_type="v_prediction")
+    scheduler.save_pretrained(folder / "scheduler")
+    return net
+
+
+@pytest.mark.parametrize("inside", ["unet", slow(""), slow("unet/diffusion_pytorch_model.safetensors")])
+def test_a_unet_brings_its_prediction_and_its_noise_levels(inside: str, tmp_path: Path) -> None:
+    told_anew(tmp_path / "run")
+    assert run(sd_files.tree("sd1"), tmp_path / "out", f"unet={tmp_path / 'run' / inside}") == 0
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert pipe.scheduler.config.rescale_betas_zero_snr is True
+    found = load_pretrained(tmp_path / "out")
+    wanted = diffusers.DDIMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.double()
+    assert found.denoiser.prediction.name == "v"
+    assert_close(1 / (1 + found.schedule.sigmas**2), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_unet_apart_from_its_run_is_read_as_the_base_s(tmp_path: Path) -> None:
+    told_anew(tmp_path / "run")
+    (tmp_path / "run/unet").rename(tmp_path / "apart")
+    assert run(sd_files.tree("sd1"), tmp_path / "out", f"unet={tmp_path / 'apart'}") == 0
+    found, base = load_pretrained(tmp_path / "out"), load_pretrained(sd_files.tree("sd1"))
+    assert found.denoiser.prediction.name == "eps" and torch.equal(found.schedule.sigmas, base.schedule.sigmas)
+
+
+@pytest.mark.slow
+def test_a_picture_of_such_a_unet_is_the_converted_checkpoint_s_and_is_made_again(tmp_path: Path) -> None:
+    told_anew(tmp_path / "run")
+    assert run(sd_files.tree("sd1"), tmp_path / "out", f"unet={tmp_path / 'run/unet'}") == 0
+    quick = ["a cat", "width=64", "height=64", "steps=3", "ladder=trailing"]
+    words = [f"model={sd_files.tree('sd1')}", f"unet={tmp_path / 'run/unet'}", f"out={tmp_path / 'a.png'}"]
+    assert main(["generate", *quick, *words]) == 0
+    assert main(["generate", *quick, f"model={tmp_path / 'out'}", f"out={tmp_path / 'b.png'}"]) == 0
+    assert main(["generate", *quick, words[0], f"out={tmp_path / 'c.png'}"]) == 0
+    assert main(["regenerate", str(tmp_path / "a.png"), f"out={tmp_path / 'd.png'}"]) == 0
+    a, b, c, d = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "abcd")
+    assert np.array_equal(a, b) and np.array_equal(a, d) and not np.array_equal(a, c)

@@ -1,10 +1,20 @@
-"""What the README says is so: its example runs, its tree names every module, its pictures are there."""
+"""What the README and the other texts say is so: examples run, commands compose, every module and picture is there."""
 
 import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sd_files
+
+from nanodiffusion.cli import parse
+from nanodiffusion.cli.train import plan
+from nanodiffusion.config import make
+from nanodiffusion.data import DATASETS
+from nanodiffusion.data.controls import check_hole, make_control
+from nanodiffusion.draw import check_settings
+from nanodiffusion.objective import make_density, make_schedule, make_task
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,6 +48,59 @@ def test_every_picture_is_there():
         assert (ROOT / target).is_file(), target
 
 
-def test_every_recipe_it_names_is_there():
-    for recipe in re.findall(r"nanodiffusion train ([\w-]+)", README):
-        assert (ROOT / "nanodiffusion" / "configs" / f"{recipe}.yaml").is_file(), recipe
+# -- the trainings that are shown --------------------------------------------------------------------------------------
+
+SLURM = ROOT / "examples/nano_sdxl/train.slurm"
+TEXTS = [
+    *(ROOT / "README.md", SLURM, ROOT / "nanodiffusion/cli/__init__.py"),
+    *(
+        path
+        for folder, kind in (("docs", "*.md"), ("nanodiffusion/configs", "*.yaml"))
+        for path in ROOT.glob(f"{folder}/{kind}")
+    ),
+]
+LINE = r"^#? +(|torchrun .*-m |sbatch .*)(?:nanodiffusion train|train\.slurm) +(.*)$"
+
+
+def trainings() -> Iterator[tuple[str, int, str]]:
+    """Every line that trains a recipe of ours: the text it is in, how many processes it starts, the words of `train`."""
+    (gpus,) = re.findall(r"#SBATCH --gpus-per-node=(\d+)", SLURM.read_text())
+    for path in TEXTS:
+        for before, line in re.findall(LINE, path.read_text(), re.MULTILINE):
+            words = re.split(" {3,}", line)[0]  # what it does stands beside it
+            started = re.search(r"--(nodes|nproc_per_node)[= ](\d+)", before)
+            processes = int(started[2]) * (int(gpus) if started[1] == "nodes" else 1) if started else 1
+            if "--config_path" not in words:  # a file of the reader's
+                yield path.name, processes, words
+
+
+TRAININGS = sorted(set(trainings()))
+PLAIN = [row for row in TRAININGS if row[1] == 1 and " " not in row[2]]  # which test_cli composes too
+
+
+def test_the_texts_show_trainings_on_one_process_and_on_many():
+    assert len({words.split()[0] for _, _, words in TRAININGS}) > 20
+    assert {1, 2, 8, 32} <= {processes for _, processes, _ in TRAININGS}
+
+
+@pytest.mark.parametrize(
+    ("text", "processes", "words"),
+    [pytest.param(*row, marks=pytest.mark.slow if row in PLAIN else ()) for row in TRAININGS],
+)
+def test_a_training_that_is_shown_could_begin(tmp_path, text, processes, words):
+    pytest.importorskip("hydra")
+    spoken = subprocess.run(["bash", "-c", f"printf '%s\\0' {words}"], cwd=tmp_path, capture_output=True, check=True)
+    args = parse(["train", *spoken.stdout.decode().split("\0")[:-1]])
+    named = [args.config_name] if args.config_name else []
+    recipe, *words = [*named, *args.words]
+    for config, _ in plan(recipe, words, multirun=args.multirun):
+        assert config.batch_size % (config.accumulate * processes) == 0
+        make_task(config)
+        make_density(config)
+        check_settings(config.sample, make_schedule(config))
+        make(DATASETS, config.data, "data", split="train")
+        hole = config.data.get("hole")
+        if hole:
+            check_hole(hole)
+        if "control" in config.data:
+            make_control(config.data["control"], bool(hole))

@@ -1,6 +1,8 @@
 """The recipes that train on Stable Diffusion's checkpoints: what they promise, and each on a tiny one with photos."""
 
-from dataclasses import asdict
+import shlex
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +10,22 @@ import numpy as np
 import pytest
 import sd_files
 import skimage.data
+import torch
 from PIL import Image
 from tiny import rows
 
+from nanodiffusion.checkpoint import save_checkpoint
+from nanodiffusion.cli.asked import Asked, Helper, LoraFile, Named, TokenFile, asked_of, config_of, read_words
+from nanodiffusion.cli.parts import check_pictures
 from nanodiffusion.cli.recipes import CONFIGS
 from nanodiffusion.cli.train import plan
 from nanodiffusion.config import Config, option_types, read_config
 from nanodiffusion.data import pictures
 from nanodiffusion.data.controls import CONTROLS
 from nanodiffusion.distributed import World
+from nanodiffusion.errors import UserError
 from nanodiffusion.finetune import FINETUNES
-from nanodiffusion.run import Runner
+from nanodiffusion.run import Runner, generation, load_run
 
 pytest.importorskip("hydra")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,6 +45,7 @@ MAKES = {  # recipe: the task, what it leaves behind
 }
 
 
+@cache
 def one(recipe: str, *words: str) -> Config:
     ((config, _),) = plan(recipe, words)
     return config
@@ -54,6 +62,7 @@ def test_a_recipe_names_a_task_a_base_and_captioned_pictures(recipe):
     assert config.task.get("checkpointing", False) == xl
     assert (config.prediction, config.clock, config.schedule["name"]) == ("eps", "table", "ldm")
     assert config.density == {"name": "table"} and config.batch_size % config.accumulate == 0
+    assert config.data["workers"] == 4  # pictures are decoded while the net works
     assert "control" not in config.data or config.data["control"]["name"] in CONTROLS
     assert ("hole" in config.data) == (config.task["name"] == "inpaint")
 
@@ -71,8 +80,88 @@ def test_settings_are_those_of_the_published_trainings():
     assert (adapter.lr, adapter.batch_size) == (1e-5, 8)  # Mou et al. 2023, section 4.1
     xl = one("sdxl-adapter")
     assert (xl.lr, xl.batch_size, xl.steps) == (1e-5, 128, 20000)
+    assert adapter.lr_schedule == xl.lr_schedule == {"name": "constant"}
     assert one("sdxl-text-to-image").cond_dropout == 0.1 and one("sdxl-inpaint").cond_dropout == 0.05
     assert one("sd-inpaint").ema == [{"name": "ramped", "decay": 0.9999}]
+
+
+def test_the_grid_shows_the_word_that_is_trained():
+    assert one("textual-inversion").sample.prompts == ["a photo of <new>"]
+    assert one("textual-inversion", "task.token='<mine>'").sample.prompts == ["a photo of <mine>"]
+
+
+# -- what is said of a run that is over --------------------------------------------------------------------------------
+
+CANNY, OWN = ("data.control={name: canny, low: 50, high: 90}",), ("data.control={name: paired}",)
+BLANKS = ("data.control={name: inpainting}", "data.hole={name: random}")
+SAID: dict[
+    str, tuple[tuple[str, ...], set[str], dict[str, Any]]
+] = {  # words of train, files it made, what `generate` reads
+    "sd-text-to-image": ((), {"unet"}, {"unet": Named("RUN/unet")}),
+    "sd-inpaint": (
+        ("task.name=inpaint_by_tokens",),
+        {"unet", "tokens.safetensors"},
+        {
+            "unet": Named("RUN/unet"),
+            "tokens": Named("RUN/tokens.safetensors"),
+            "image": Named("PICTURE.png"),
+            "mask": Named("MASK.png"),
+        },
+    ),
+    "sd-controlnet": (
+        CANNY,
+        {"controlnet"},
+        {"controls": [Helper("RUN/controlnet", file="PICTURE.png")], "canny": [50, 90]},
+    ),
+    "sdxl-controlnet": (OWN, {"controlnet"}, {"controls": [Helper("RUN/controlnet", file="PICTURE.png")]}),
+    "blanks": (
+        BLANKS,
+        {"controlnet"},
+        {"controls": [Helper("RUN/controlnet")], "image": Named("PICTURE.png"), "mask": Named("MASK.png")},
+    ),
+    "sd-adapter": ((), {"adapter"}, {"adapters": [Helper("RUN/adapter", file="EDGES.png")]}),
+    "sdxl-adapter": (OWN, {"adapter"}, {"adapters": [Helper("RUN/adapter", file="PICTURE.png")]}),
+    "sd-lora": (
+        ("task.variant=fp16",),
+        {"lora.safetensors"},
+        {"loras": [LoraFile("RUN/lora.safetensors")], "variant": "fp16"},
+    ),
+    "textual-inversion": (
+        (),
+        {"learned_embeds.safetensors"},
+        {"embeddings": [TokenFile("RUN/learned_embeds.safetensors")]},
+    ),
+    "sd-lcm-lora": (("task.rank=0",), {"unet"}, {"unet": Named("RUN/unet")}),
+}
+
+
+@pytest.mark.parametrize("recipe", SAID)
+def test_generate_reads_the_command_that_is_suggested(tmp_path, monkeypatch, recipe):
+    monkeypatch.chdir(tmp_path)
+    words, made, wanted = SAID[recipe]
+    config = one("sd-controlnet" if recipe == "blanks" else recipe, *words)
+    for name in made:
+        (tmp_path / "RUN" / name).mkdir(parents=True)
+    program, command, *rest = shlex.split(generation(config, Path("RUN")))
+    read = read_words(rest)
+    assert (program, command) == ("nanodiffusion", "generate")
+    assert asked_of(read) == replace(Asked(model=config.task["base"]), **wanted)
+    check_pictures(asked_of(read))
+    drawn = config_of(read)
+    assert drawn.prompt == (["a photo of <new>"] if recipe == "textual-inversion" else ["..."])
+    if recipe == "sd-lcm-lora":
+        assert (drawn.sampler["name"], drawn.ladder["name"], drawn.steps, drawn.guidance) == ("lcm", "lcm", 4, 1)
+
+
+@pytest.mark.parametrize("place", ["", "checkpoint/step-00000001"])
+def test_a_run_that_trained_a_part_of_a_checkpoint_is_not_read_but_its_command_is_said(tmp_path, place):
+    config = replace(one("sd-lora", "task.base=nowhere/at-all"), net={"name": "checkpoint"})
+    meta = {"config": asdict(config), "shape": [4, 8, 8], "classes": []}
+    save_checkpoint(tmp_path / "checkpoint", 1, {"model": ({"x": torch.zeros(1)}, meta)}, {"step": 1})
+    (tmp_path / "lora.safetensors").touch()
+    with pytest.raises(UserError, match="part of a checkpoint") as refused:
+        load_run(tmp_path / place)
+    assert f"model=nowhere/at-all lora={tmp_path}/lora.safetensors" in str(refused.value)
 
 
 # -- each on a tiny checkpoint -----------------------------------------------------------------------------------------

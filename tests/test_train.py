@@ -19,6 +19,7 @@ from nanodiffusion.checkpoint import pack_state, unpack_state
 from nanodiffusion.config import TrainConfig
 from nanodiffusion.data import TensorData, swiss_roll, two_moons
 from nanodiffusion.denoiser import Denoiser
+from nanodiffusion.distributed import World
 from nanodiffusion.errors import UserError
 from nanodiffusion.nets import IdealDenoiser, build_net
 from nanodiffusion.noise import log_linear, log_normal, table_density
@@ -205,8 +206,24 @@ def test_wrong_parts_are_refused_before_training(key, spec):
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(UserError, match="multiple of accumulate"):
+    with pytest.raises(UserError, match="multiple of accumulate") as refused:
         make_trainer(batch_size=16, accumulate=3)
+    assert refused.value.details["fix"] == "batch_size=18 accumulate=3"
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "processes", "fix"),
+    [
+        (4, 1, 8, "batch_size=8 accumulate=1"),
+        (64, 8, 32, "batch_size=64 accumulate=1"),
+        (64, 8, 6, "batch_size=72 accumulate=2"),
+    ],
+)
+def test_of_too_many_processes_the_next_batch_that_fits_is_named(batch_size, accumulate, processes, fix):
+    config = TrainConfig(batch_size=batch_size, accumulate=accumulate)
+    with pytest.raises(UserError) as refused:
+        Trainer(Denoiser(Line()), swiss_roll(50), DENSITY, config, World(size=processes))
+    assert refused.value.details["fix"] == fix
 
 
 # -- learning rates --------------------------------------------------------------------------------------------------

@@ -200,18 +200,19 @@ to the same bytes.
   nanodiffusion encode shards out=latents codec=madebyollin/sdxl-vae-fp16-fix text=openai/clip-vit-large-patch14
   nanodiffusion encode cifar10 out=latents/train codec=VAE flip=true sample=posterior
   nanodiffusion encode fashion-mnist out=pixels codec=none text=words:64
-  nanodiffusion encode photos out=latents codec=BASE text=BASE size=1024         to fine-tune the checkpoint BASE
+  nanodiffusion encode photos out=latents codec=BASE text=BASE                   to fine-tune the checkpoint BASE
 
   codec=                 an autoencoder's folder, file or name on the hub (RUN/codec too), or none: the pixels themselves
   text=none              a CLIP's folder or name on the hub; words or words:N, a vector of words that needs no download.
                          Samples without a caption get zeros; those of a set by name have their class's name.
                          A whole checkpoint of Stable Diffusion: all that its U-Net is told, dtype=float16 or float32
-  size=256               side of the pictures, cut to their central square; sets by name have their own
+  size=256               side of the pictures, cut to their central square; sets by name, else whole checkpoints have their own
   split=train            of a set by name; out=DIR/train and out=DIR/test are the two halves of DIR
   n=0                    the first n samples only
   flip=false             the mirrored pictures too: training then takes either
   sample=mean            or posterior: a sample of the autoencoder's distribution, drawn from seed=0 and the sample's number
-  quantise=true          a byte per value, 256 levels from -limit to limit; false: dtype=float16 or float32
+  quantise=true          a byte per value, 256 levels from -limit to limit; false, and for whole checkpoints unless limit or
+                         quantise=true is given: dtype=float16 or float32
   limit=0                0: the largest value there is, so that nothing is cut off
   batch=16 part=1024     at a time, which changes the result by rounding only; samples per part
   device=auto precision=auto         auto, cpu, cuda, cuda:1, mps; fp32, bf16, fp16

@@ -42,7 +42,7 @@ def read_words(source: str, *words: str) -> tuple[str, str, EncodeConfig]:
             raise UserError(f"encode needs {key}", key=key, fix=fix)
     for key in ("codec", "text"):
         given[key] = "" if given.get(key, "").lower() in NONE else given[key]
-    if "dtype" in given and given.get("quantise", True) and not given["text"]:
+    if "dtype" in given and given.get("quantise") is not False and not given["text"]:
         raise UserError("only what is not quantised has a dtype", key="dtype", fix="quantise=false")
     return given.pop("out"), given.pop("device", "auto"), EncodeConfig(source, **given)
 

@@ -15,7 +15,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from nanodiffusion.config import Component, Config
+from nanodiffusion.config import Component, Config, option_types
 from nanodiffusion.errors import UserError, nearest, need
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -118,11 +118,20 @@ def load_recipe(file: Path, groups: Sequence[str] = ()) -> Any:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(file.parent)):
             config = hydra.compose(file.stem, overrides=[f"hydra.searchpath=['file://{CONFIGS}']", *groups])
         OmegaConf.set_struct(config, False)
-        for key in component_keys():
-            own = OmegaConf.select(raw, key)
-            if isinstance(own, str) or (OmegaConf.is_dict(own) and "name" in own):
-                OmegaConf.update(config, key, own, merge=False)
+        for key, _ in _named(OmegaConf.to_container(raw, resolve=False)):
+            OmegaConf.update(config, key, OmegaConf.select(raw, key), merge=False)
     return config
+
+
+def _named(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every component that `value` at `key` names, those inside it too (data.control), with its name."""
+    if isinstance(value, Mapping):
+        for k, v in value.items():
+            yield from _named(v, f"{key}.{k}".lstrip("."))
+    elif isinstance(value, str) and key.endswith(".name"):
+        yield key.removesuffix(".name"), value
+    elif isinstance(value, str) and key in component_keys():
+        yield key, value
 
 
 def _refuse_resolvers(value: Any, file: object, key: str = "") -> None:
@@ -147,7 +156,9 @@ def parse_overrides(words: Sequence[str]) -> list[Any]:
             found.append(parser.parse_override(word))
         except need("hydra.errors", "train").HydraException as e:
             why = str(e).splitlines()[0]
-            raise UserError(f"cannot read {word!r}", expected="key=value, in Hydra's grammar", found=why) from None
+            fix = "\"key='value'\", quoted for the shell and for the grammar, where a value has other characters"
+            expected = "key=value, in Hydra's grammar"
+            raise UserError(f"cannot read {word!r}", expected=expected, found=why, fix=fix) from None
     keys = [o.key_or_group for o in found]
     for key in keys:
         if key.split(".")[0] == "hydra":
@@ -186,8 +197,7 @@ def compose(file: Path, overrides: Sequence[Any], given: Mapping[str, Any] | Non
         for key, value in {**({} if "name" in config else {"name": file.stem}), **(given or {})}.items():
             omegaconf.OmegaConf.update(config, key, value)
         _spell_out(config)
-        for key in component_keys():
-            _make_room(config, key, overrides)
+        _make_room(config, overrides)
         for override in overrides:
             _apply(config, override)
         _spell_out(config)
@@ -217,16 +227,22 @@ def _name_the_rest(config: Any) -> None:
             OmegaConf.update(config, f"{key}.name", default["name"], force_add=True)
 
 
-def _make_room(config: Any, key: str, overrides: Sequence[Any]) -> None:
-    """Forget the recipe's options of a component that the overrides replace by another one."""
+def _make_room(config: Any, overrides: Sequence[Any]) -> None:
+    """Forget the recipe's options of components that the overrides replace by others; a task keeps what both take."""
     OmegaConf = need("omegaconf", "train").OmegaConf
     for o in overrides:
-        value = None if o.is_delete() else o.value()
-        if isinstance(value, dict):
-            value = value.get("name")
-        named = value if o.key_or_group in (key, f"{key}.name") else None
-        if named is not None and named != OmegaConf.select(config, f"{key}.name"):
-            OmegaConf.update(config, key, {}, merge=False, force_add=True)
+        for key, name in _named(None if o.is_delete() else o.value(), o.key_or_group):
+            if name != OmegaConf.select(config, f"{key}.name"):
+                kept = _taken(config.get("task") or {}, name) if key == "task" else {}
+                OmegaConf.update(config, key, kept, merge=False, force_add=True)
+
+
+def _taken(options: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Those of the options that a task on a checkpoint takes too."""
+    from nanodiffusion.finetune import FINETUNES  # slow to import
+
+    known = option_types(FINETUNES[task]) if task in FINETUNES else {}
+    return {k: v for k, v in options.items() if k in known}
 
 
 def _apply(config: Any, override: Any) -> None:

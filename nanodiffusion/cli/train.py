@@ -22,7 +22,7 @@ from nanodiffusion.fast import tune
 from nanodiffusion.nets import net_size
 from nanodiffusion.objective import fit_net, make_denoiser, make_task
 from nanodiffusion.report import load_metrics, write_report
-from nanodiffusion.run import Runner, load_run, make_data
+from nanodiffusion.run import Runner, generation, load_run, make_data
 from nanodiffusion.show import loss_plot, save_png
 from nanodiffusion.train import Step
 
@@ -232,20 +232,7 @@ def _few_steps(runner: Runner) -> list[str]:
 
 
 def _generations(runner: Runner) -> list[str]:
-    """Commands for what was made of a checkpoint: which option of `generate` takes it."""
-    base, folder = runner.config.task["base"], runner.folder
-    taken = {
-        "lora.safetensors": "lora",
-        "controlnet": "control",
-        "adapter": "adapter",
-        "learned_embeds.safetensors": "embedding",
-    }
-    made = [f"{key}={folder / name}" for name, key in taken.items() if (folder / name).exists()]
-    if not made:
-        whole = folder / "whole"
-        put = shlex.join(["nanodiffusion", "convert", str(base), str(whole), f"unet={folder / 'unet'}"])
-        return [put, f"nanodiffusion generate '...' model={shlex.quote(str(whole))}"]
-    return [f"nanodiffusion generate '...' {shlex.join([f'model={base}', *made])}"]
+    return [generation(runner.config, runner.folder)]
 
 
 TRIES: dict[str, Callable[[Runner], list[str]]] = {

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -36,6 +36,7 @@ FLOATS = {"float16": torch.float16, "float32": torch.float32}
 PRECISIONS = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLING = {"mean": False, "posterior": True}
 PICTURES = {"x", "flipped"}  # the names of latents
+PICTURE = 256  # pixels, where nothing says the size
 WORK = ".work"  # in the folder that is made: settings, counts and parts, until all is there
 
 
@@ -46,12 +47,12 @@ class EncodeConfig:
     source: str
     codec: str = ""
     text: str = ""
-    size: int = 0  # pixels; 0: the set's own, or 256
+    size: int = 0  # pixels; 0: the set's own, that of the checkpoint of `text`, or 256
     batch: int = 16
     n: int = 0  # the first n samples; 0: all
     split: str = "train"  # of a set by name
     flip: bool = False
-    quantise: bool = True
+    quantise: bool | None = None  # None: unless it is for a checkpoint, and without a limit
     dtype: str = "float16"  # of what is not quantised
     limit: float = 0.0  # of the quantised range; 0: the largest value there is
     sample: str = "mean"
@@ -67,7 +68,7 @@ class EncodeConfig:
         if not 0 <= self.limit < math.inf:
             expected = "a positive number, such as 20, or 0 for the largest value there is"
             raise UserError("the range must be positive", key="limit", expected=expected, found=self.limit)
-        if self.limit and not self.quantise:
+        if self.limit and self.quantise is False:
             raise UserError(
                 "only bytes have a range", key="limit", found=self.limit, fix="leave it out, or quantise=true"
             )
@@ -83,11 +84,14 @@ class Encoder:
         self.codec: Any = self._open_codec()
         self.channels = self.codec.channels
         lookup(MODES, self.channels, "channels of the codec")
-        self.size = config.size or self.source.size
+        self.texts = self._open_texts() if config.text else None
+        natural = self.texts.natural if self.texts else 0
+        quantised = config.quantise if config.quantise is not None else not natural or config.limit > 0
+        self.size = config.size or self.source.size or natural or PICTURE
+        self.config = replace(config, size=self.size, quantise=quantised)
         if self.size % self.codec.factor:
             expected = f"a multiple of {self.codec.factor}"
             raise UserError("the codec works in whole latent pixels", key="size", expected=expected, found=self.size)
-        self.texts = self._open_texts() if config.text else None
 
     def _open_codec(self) -> Any:
         if not self.config.codec:
@@ -99,7 +103,7 @@ class Encoder:
     def _open_texts(self) -> Texts:
         given = self.config
         texts = open_texts(given.text, str(self.world.device), PRECISIONS[given.precision], given.dtype)
-        if given.quantise and texts.written != given.dtype:
+        if given.quantise is not False and texts.written != given.dtype:
             fix = "quantise=false, or text= a whole checkpoint"
             raise UserError("only what is not quantised has a dtype", key="dtype", found=given.dtype, fix=fix)
         return texts
@@ -126,7 +130,6 @@ class Encoder:
         config = getattr(self.codec, "config", None)
         return {
             **asdict(self.config),
-            "size": self.size,
             "device": self.world.device.type,
             "units": hashlib.sha256(as_json([_unit(u) for u in self.source.units])).hexdigest(),
             "codec": {

@@ -14,7 +14,6 @@ from nanodiffusion.data.files import MODES
 from nanodiffusion.data.judge import original
 
 SETS = ("digits", "mnist", "fashion-mnist", "cifar10")  # sources by name
-PICTURE = 256  # pixels, where nothing says the size
 FILES, SAMPLES = 1000, 4096  # of a folder, and of a set by name, that are counted at a time
 
 
@@ -41,7 +40,7 @@ class Source:
         [int, list[str]], Iterator[Found]
     ]  # the samples of a unit; what is wrong with others goes to the list
     classes: tuple[str, ...] = ()
-    size: int = PICTURE
+    size: int = 0  # pixels; 0: nothing says
     channels: int = 3
 
 

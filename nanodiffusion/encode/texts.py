@@ -15,7 +15,8 @@ class Texts(Protocol):
     """What reads captions: where it is from, the hash of its weights, what it makes of a caption and of none.
 
     shapes: of a caption's arrays, by name; written: their dtype. empty: those of no caption, {} where they are zeros for every
-    net. sizes: whether who is told of captions is told sizes of pictures as well.
+    net. sizes: whether who is told of captions is told sizes of pictures as well. natural: the side in pixels of pictures of
+    the checkpoint that they are encoded for, 0 where it is for none.
     """
 
     where: str
@@ -24,6 +25,7 @@ class Texts(Protocol):
     written: str
     empty: dict[str, Tensor]
     sizes: bool
+    natural: int
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """b captions -> arrays (b ...) on the CPU, by name, as they are written."""
@@ -45,7 +47,7 @@ def open_texts(where: str, device: str, dtype: str | torch.dtype, written: str) 
 class Pooled:
     """One vector of a caption, zeros where there is none: {"pooled": (b d)}."""
 
-    sizes, written = False, "float16"
+    sizes, natural, written = False, 0, "float16"
 
     def __init__(self, where: str, device: str, dtype: str | torch.dtype) -> None:
         self.text = open_text(where, device, dtype)
@@ -65,7 +67,7 @@ class Told:
 
         text, family = load_texts(where, dtype, device)
         self.reader, self.device, self.written = Reader(text, family.zero_uncond).eval(), device, written
-        self.where, self.sizes = where, family.sizes
+        self.where, self.sizes, self.natural = where, family.sizes, family.size
         self.sha256 = content_hash(self.reader.state_dict())
         self.empty = {name: value[0] for name, value in self.encode([""]).items()}
         self.shapes = {name: tuple(value.shape) for name, value in self.empty.items()}

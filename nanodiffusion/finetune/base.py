@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from nanodiffusion.config import Config
-from nanodiffusion.data import order
 from nanodiffusion.data.conditioning import hide, latent_mask
 from nanodiffusion.denoiser import PRECISIONS, Cond, Denoiser, as_float
 from nanodiffusion.draw import begin, check_settings, cycled, make_step
@@ -140,43 +139,33 @@ class Prepared:
             )
         self.shape = (model.codec.latent_channels, h // factor, w // factor)
         self.draws = data.draws + 2
-        self.device = torch.device("cpu")
 
     def __len__(self) -> int:
         return len(self.data)
 
     def to(self, device: torch.device) -> "Prepared":
         """The same, its batches on a device."""
-        self.device, self.data = device, self.data.to(device)
-        return self
+        return Prepared(self.data.to(device), self.model)
 
     def square(self) -> "Prepared":
         """The same, every picture cut to one size, where the data set has several."""
-        own = getattr(self.data, "square", None)
-        return Prepared(own(), self.model).to(self.device) if own else self
+        return Prepared(self.data.square(), self.model)
 
     def own(self, *given: Sequence[str]) -> "Prepared":
         """Other pictures, masks and captions made into samples as these are; see `Pictures.own`."""
-        make = getattr(self.data, "own", None)
-        if make is None:
-            fix = "data.name=pictures, or leave sample.images out"
-            raise UserError("this data set takes no other pictures", key="sample.images", fix=fix)
-        return Prepared(make(*given), self.model).to(self.device)
+        return Prepared(self.data.own(*given), self.model)
 
     def order(self, batch: int, seed: int, step: int) -> Tensor:
         """The samples (batch) of global batch `step`, as the data set chooses them."""
-        own = getattr(self.data, "order", None)
-        return own(batch, seed, step) if own else order(len(self), batch, seed, step)
+        return self.data.order(batch, seed, step)
 
     def shape_of(self, index: Tensor) -> tuple[int, ...]:
         """The shape (c h w) of the latents of a batch."""
-        own, factor = getattr(self.data, "shape_of", None), self.model.codec.factor
-        return (self.shape[0], *(side // factor for side in own(index)[1:])) if own else self.shape
+        return (self.shape[0], *(side // self.model.codec.factor for side in self.data.shape_of(index)[1:]))
 
     def prefetch(self, index: Tensor, u: Tensor) -> None:
         """Let the data set begin what `batch` will ask for."""
-        if own := getattr(self.data, "prefetch", None):
-            own(index, u[:, :-2])
+        self.data.prefetch(index, u[:, :-2])
 
     @torch.no_grad()
     def batch(self, index: Tensor, u: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanodiffusion.config import Config
 from nanodiffusion.denoiser import Cond
+from nanodiffusion.errors import UserError
 from nanodiffusion.finetune.base import Finetune, Tuned
 from nanodiffusion.nets.adapter import Adapter, AdapterConfig
 from nanodiffusion.nets.controlnet import Controlled, ControlNet, ControlNetConfig, control_strengths
@@ -21,12 +23,16 @@ class WithControl(Tuned):
     takes = ("ids", "control")
 
     def condition(self, cond: Cond) -> dict[str, Any]:
-        """As `Tuned.condition`, and control -> hints and strengths."""
-        known = super().condition({name: v for name, v in cond.items() if name != "control"})
+        """As `Tuned.condition`, and control -> what `read` makes of it."""
+        known = super().condition(cond)
+        control = known.pop("control")
+        return known | self.read(control)
+
+    def read(self, control: Tensor) -> dict[str, Any]:
+        """control (b 3 H W) -> hints and strengths."""
         net: Any = self.net
-        hint = net.embed(cond["control"])
-        strength = control_strengths(1.0, len(hint), net.count).to(hint.device)
-        return known | {"hints": (hint,), "strengths": (strength,)}
+        hint = net.embed(control)
+        return {"hints": (hint,), "strengths": (control_strengths(1.0, len(hint), net.count).to(hint.device),)}
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,10 @@ class ControlNets(Finetune):
         from nanodiffusion.pretrained.load import load_controlnet
 
         unet: Any = bundle.denoiser.net
+        if bundle.denoiser.half and config.precision == "fp32":
+            fix = "precision=bf16, or task.frozen=fp32"
+            what = "a ControlNet in float32 cannot be trained beside a U-Net in half precision"
+            raise UserError(what, key="task.frozen", found=self.frozen, fix=fix)
         torch.manual_seed(config.seed)  # of the stem
         net = (
             load_controlnet(self.start, "fp32", "cpu")
@@ -57,15 +67,12 @@ class ControlNets(Finetune):
         save_part(model.net, folder / "controlnet", over=True)
 
 
-class WithAdapter(Tuned):
-    """A U-Net with a T2I-Adapter, which reads control (b 3 H W) in [0, 1]."""
+class WithAdapter(WithControl):
+    """The same with a T2I-Adapter."""
 
-    takes = ("ids", "control")
-
-    def condition(self, cond: Cond) -> dict[str, Any]:
-        """As `Tuned.condition`, and control -> features."""
-        known = super().condition({name: v for name, v in cond.items() if name != "control"})
-        return known | {"features": self.net(cond["control"])}
+    def read(self, control: Tensor) -> dict[str, Any]:
+        """control (b 3 H W) -> features."""
+        return {"features": self.net(control)}
 
 
 @dataclass(frozen=True)

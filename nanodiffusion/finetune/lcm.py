@@ -12,10 +12,10 @@ from nanodiffusion.denoiser import Cond, Denoiser
 from nanodiffusion.ema import EMA
 from nanodiffusion.finetune.base import Finetune, Tuned
 from nanodiffusion.finetune.distill import Distilled, Walk, twin
+from nanodiffusion.finetune.unet import save_unet
 from nanodiffusion.lora import PROJECTIONS, save_lora
 from nanodiffusion.objective import make_schedule
 from nanodiffusion.pretrained.load import Bundle
-from nanodiffusion.pretrained.publish import save_part
 
 
 class Teacher(nn.Module):
@@ -83,4 +83,4 @@ class LCM(Walk, Finetune):
         if self.rank:
             save_lora(net.applied.lora, folder / "lora.safetensors")
         else:
-            save_part(net, folder / "unet", over=True, size=model.natural)
+            save_unet(model, net, folder)

@@ -1,5 +1,6 @@
 """The U-Net itself trained on: text to image, inpainting by further channels, inpainting by further tokens."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,34 @@ from nanodiffusion.finetune.base import Finetune, Tuned
 from nanodiffusion.nets.inpaint import InpaintTokens
 from nanodiffusion.nets.sd_unet import SDUNet
 from nanodiffusion.pretrained.load import Bundle
-from nanodiffusion.pretrained.publish import save_part
+from nanodiffusion.pretrained.publish import save_part, save_scheduler
+from nanodiffusion.pretrained.replace import replace_part
+
+
+def save_unet(model: Tuned, net: nn.Module, folder: Path) -> None:
+    """Write `unet/` and, beside it, `scheduler/`: what the U-Net predicts, of which noise levels."""
+    save_part(net, folder / "unet", over=True, size=model.natural)
+    save_scheduler(model.scheduler, folder)
 
 
 @dataclass(frozen=True)
-class TextToImage(Finetune):
+class WholeUNet(Finetune):
+    """A task that trains all of the U-Net: the base's, or that at `start`, a `unet/` of a run, a file or a name on the hub."""
+
+    start: str = ""
+
+    def loaded(self, dtype: str) -> Bundle:
+        """The checkpoint, with the U-Net at `start` for its own."""
+        bundle = super().loaded(dtype)
+        return replace_part(bundle, "unet", self.start) if self.start else bundle
+
+    def publish(self, model: Tuned, data: Any, seed: int, folder: Path) -> None:
+        """Write `unet/` and `scheduler/`."""
+        save_unet(model, model.net, folder)
+
+
+@dataclass(frozen=True)
+class TextToImage(WholeUNet):
     """All of the U-Net, on pictures and captions. It makes `unet/`, a folder as diffusers has it."""
 
     def tuned(self, bundle: Bundle, config: Config) -> Tuned:
@@ -29,10 +53,6 @@ class TextToImage(Finetune):
             raise UserError("this U-Net is for inpainting", file=self.base, key="task.base", fix=fix)
         return Tuned(bundle, config, net.float())
 
-    def publish(self, model: Tuned, data: Any, seed: int, folder: Path) -> None:
-        """Write `unet/`."""
-        save_part(model.net, folder / "unet", over=True, size=model.natural)
-
 
 class Inpainting(Tuned):
     """A U-Net that reads, beside the noisy latents, a mask and the latents of what is left of the picture."""
@@ -41,7 +61,7 @@ class Inpainting(Tuned):
 
 
 @dataclass(frozen=True)
-class Inpaint(Finetune):
+class Inpaint(WholeUNet):
     """The U-Net with 9 channels to read; of a text-to-image one the further channels begin at zero. It makes `unet/`.
 
     data.hole says what is to be painted anew; see Rombach et al. 2022, section 4.5.
@@ -51,10 +71,6 @@ class Inpaint(Finetune):
         """The U-Net, widened where it must be."""
         net: Any = bundle.denoiser.net
         return Inpainting(bundle, config, widened(net, net.config.channels_out * 2 + 1).float(), None)
-
-    def publish(self, model: Tuned, data: Any, seed: int, folder: Path) -> None:
-        """Write `unet/`."""
-        save_part(model.net, folder / "unet", over=True, size=model.natural)
 
 
 def widened(net: SDUNet, channels: int) -> SDUNet:
@@ -78,6 +94,15 @@ class Told(nn.Module):
     def __init__(self, unet: SDUNet, tokens: InpaintTokens) -> None:
         super().__init__()
         self.unet, self.tokens = unet, tokens
+
+    @staticmethod
+    def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict by our names, of one that has the U-Net's and the tokens' side by side, as nano-diffusion's files do."""
+        if any(name.startswith("unet.") for name in tensors):
+            return dict(tensors)
+        return {
+            f"{'tokens' if name.startswith('conditioning_image_') else 'unet'}.{name}": t for name, t in tensors.items()
+        }
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, concat: Tensor, **cond: Any) -> Tensor:
         """F of x (b c h w), t (b); concat (b 1+c h w): the hole, and the latents of what is left."""
@@ -104,8 +129,8 @@ class InpaintByTokens(Finetune):
         return Inpainting(bundle, config, whole, whole)
 
     def publish(self, model: Tuned, data: Any, seed: int, folder: Path) -> None:
-        """Write `unet/` and `tokens.safetensors`."""
+        """Write `unet/`, `scheduler/` and `tokens.safetensors`."""
         net: Any = model.net
         meta = {"positions": True} if self.positions else {}
         save_tensors(folder / "tokens.safetensors", net.tokens.state_dict(), meta)
-        save_part(net.unet, folder / "unet", over=True, size=model.natural)
+        save_unet(model, net.unet, folder)

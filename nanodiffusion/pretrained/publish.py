@@ -88,9 +88,14 @@ def _write_components(bundle: Bundle, folder: Path) -> None:
     for part, (name, tokenizer) in zip(bundle.text.parts, TEXTS):
         _write_component(folder / name, STEMS[1], arch.text_json(part.net.config), part.net)
         _write_tokenizer(folder / tokenizer, part.tokenizer)
-    (folder / "scheduler").mkdir()
-    _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(bundle))
+    save_scheduler(_scheduler(bundle), folder)
     _write_json(folder / "model_index.json", _index_json(bundle))
+
+
+def save_scheduler(config: Mapping[str, Any], folder: Path) -> None:
+    """Write `scheduler/scheduler_config.json` in a folder."""
+    (folder / "scheduler").mkdir(exist_ok=True)
+    _write_json(folder / "scheduler" / "scheduler_config.json", config)
 
 
 def _write_component(folder: Path, stem: str, config: dict[str, Any], net: nn.Module) -> None:

@@ -11,7 +11,10 @@ from torch import nn
 
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.errors import UserError, lookup
+from nanodiffusion.noise import Schedule
 from nanodiffusion.pretrained.load import TEXTS, Bundle, family_of, load_codec, load_text, load_unet
+from nanodiffusion.pretrained.scheduler_config import read_scheduler
+from nanodiffusion.pretrained.weights import read_json
 from nanodiffusion.text.prompts import TextEncoder
 
 
@@ -19,6 +22,7 @@ def replace_part(bundle: Bundle, name: str, where: str | Path, dtype: str | torc
     """The bundle with the network at `where` as its "unet", "vae", "text_encoder" or "text_encoder_2"; the one given stays.
 
     where: a folder, a file, a whole checkpoint of which the part is taken, or a name on the hub. dtype: "keep" is the file's.
+    A U-Net beside whose `unet/` lies a `scheduler/`, as in a run's folder, brings its prediction and its noise levels.
     UserError: no such part, one of another kind or family, or as its loader.
     """
     changed = lookup(PARTS, name, "part")(bundle, where, dtype)
@@ -32,8 +36,18 @@ def _unet(bundle: Bundle, where: str | Path, dtype: str | torch.dtype) -> Bundle
     wanted = (bundle.family.name, old.context_dim, old.pooled_dim, old.added_dim, old.channels_out)
     words = ("family", "features of the text", "of the pooled text", "added", "channels of the latents")
     _check(where, "unet", dict(zip(words, zip(wanted, found))))
-    denoiser = Denoiser(net, bundle.denoiser.prediction, "table", bundle.schedule).eval()
-    return dataclasses.replace(bundle, denoiser=denoiser)
+    schedule, prediction = _reading(where) or (bundle.schedule, bundle.denoiser.prediction)
+    denoiser = Denoiser(net, prediction, "table", schedule).eval()
+    return dataclasses.replace(bundle, denoiser=denoiser, schedule=schedule)
+
+
+def _reading(where: str | Path) -> tuple[Schedule, str] | None:
+    """The noise levels and the prediction that a U-Net was trained with, where `scheduler/` lies beside its folder `unet/`."""
+    path = Path(where).absolute()
+    inside = path.parent if path.is_file() else path
+    folder = inside.parent if inside.name == "unet" else path
+    file = folder / "scheduler" / "scheduler_config.json"
+    return read_scheduler(read_json(file), file) if file.is_file() else None
 
 
 def _vae(bundle: Bundle, where: str | Path, dtype: str | torch.dtype) -> Bundle:
