@@ -691,6 +691,8 @@ def test_a_unet_brings_its_prediction_and_its_noise_levels(inside: str, tmp_path
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     assert pipe.scheduler.config.rescale_betas_zero_snr is True
+    pipe.scheduler.set_timesteps(10)
+    assert pipe.scheduler.timesteps[0] == 999  # which is pure noise
     found = load_pretrained(tmp_path / "out")
     wanted = diffusers.DDIMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.double()
     assert found.denoiser.prediction.name == "v"

@@ -57,13 +57,15 @@ def scheduler_json(schedule: Schedule, prediction: str, came: Mapping[str, Any])
         raise UserError(
             "diffusers has no such prediction", key="prediction", expected=list(PREDICTIONS), found=prediction
         )
+    betas = _betas_json(schedule)
     return {
         "_class_name": "EulerDiscreteScheduler",
         "_diffusers_version": "0.20.0",
         "num_train_timesteps": len(schedule),
-        **_betas_json(schedule),
+        **betas,
         "prediction_type": name,
-        "timestep_spacing": "leading",
+        # pure noise is a level that "leading" leaves out
+        "timestep_spacing": "trailing" if betas.get("rescale_betas_zero_snr") else "leading",
         "steps_offset": 1,
     }
 
