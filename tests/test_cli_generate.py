@@ -295,7 +295,12 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize("task", TASKS)
+COSTLY = {"text", "batch", "vae", "outpaint"}  # of which others go the same ways
+
+
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=pytest.mark.slow) if task in COSTLY else task for task in TASKS]
+)
 def test_every_picture_can_be_made_again_to_the_bit(run, tmp_path, task):
     parts = {"CONTROL": part("controlnet"), "ADAPTER": part("adapter"), "VAE": part("vae", "sdxl")}
     parts["OTHER"] = sd_files.tree("sd1", seed=1) / "unet"

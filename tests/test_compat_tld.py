@@ -440,9 +440,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "accelerate" else pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHERS)
 def test_two_processes_train_as_one_with_their_batch(name, tmp_path):
     """E43: the README's notebook_launcher, on a CPU; the weights are those of one process with the whole batch."""
     if name == "accelerate":
@@ -524,6 +523,7 @@ def test_shards_become_the_arrays_that_training_reads(tmp_path, vae, vae_folder)
 # -- examples ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_example_prepares_trains_draws_and_interpolates(tmp_path, vae_folder):
     """E43, E44, E45 and H08 as a script."""
     pytest.importorskip("accelerate")

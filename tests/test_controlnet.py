@@ -277,6 +277,7 @@ def test_guidance_and_the_denoiser_carry_hints_and_strengths():
     assert half.dtype == torch.float32 and bool(half.isfinite().all())
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph():
     config = ControlNetConfig(replace(BARE_MIDDLE, widths=(8,), depths=(1,), heads=(2,)), hint_widths=(2,))
     unet, net, given = SDUNet(config.encoder), pair(config)[0], inputs(config.encoder)

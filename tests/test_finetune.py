@@ -573,7 +573,8 @@ def test_a_started_lora_gives_what_the_base_gives_with_it_and_goes_on(family, tm
     assert not any(torch.equal(a, b) for a, b in zip(started, trainer.parameters))
 
 
-@pytest.mark.parametrize("task", ["text_to_image", pytest.param("inpaint", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["text_to_image", "inpaint"])
 def test_a_unet_goes_on_from_what_a_run_left_and_says_how_it_is_read(task, tmp_path):
     """With the prediction and the noise levels that the run changed, which diffusers reads too."""
     import diffusers
@@ -615,7 +616,8 @@ def test_the_teacher_of_few_steps_is_led_away_from_no_text(family):
         torch.testing.assert_close(led[name], value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("task", ["text_to_image", pytest.param("controlnet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["text_to_image", "controlnet"])
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(task, tmp_path):
     from nanodiffusion.distributed import World
     from nanodiffusion.run import Runner

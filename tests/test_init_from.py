@@ -159,7 +159,8 @@ def test_a_run_from_before_a_key_was_there_is_resumed(tmp_path):
     assert make_runner(tmp_path, POINTS, steps=4).trainer.step == 2
 
 
-@pytest.mark.parametrize("task", ["lora", pytest.param("controlnet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["lora", "controlnet"])
 def test_a_run_on_a_checkpoint_starts_from_another_one_s_weights(tmp_path, task):
     from test_finetune import LDM, write_pictures
 

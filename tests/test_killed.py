@@ -22,6 +22,7 @@ def total(counts: dict[str, dict[str, int]], *kinds: str) -> int:
     return sum(found[kind] for found in counts.values() for kind in kinds)
 
 
+@pytest.mark.slow
 def test_a_distillation_killed_while_it_is_trained_ends_bit_by_bit_as_undisturbed(place, tmp_path):
     counts = harassed(tmp_path, {"distill": [recipe("distill", place, steps=5), 4, 0]})
     assert total(counts, *KINDS) >= 3

@@ -25,7 +25,7 @@ from torch.testing import assert_close
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FAMILIES = ("sd1", pytest.param("sd2", marks=pytest.mark.slow), pytest.param("sdxl", marks=pytest.mark.slow))
+FAMILIES = [pytest.param(family, marks=pytest.mark.slow) for family in ("sd1", "sd2", "sdxl")]
 SETTINGS = ("SD_", "TOY_", "SCHEDULES_", "ARCHITECTURE_", "INFERENCE_")  # how the names of variables they read begin
 STEPS, SEED = 7, 1632  # the loss guides the first step of every five: two of seven
 # What a last cell, added here, reads out of the kernel.

@@ -922,7 +922,9 @@ def test_what_is_no_name_is_said(where: str) -> None:
 # -- saving --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "inpaint"), [("sd1", False), ("sd2", True), ("sdxl", False)])
+@pytest.mark.parametrize(
+    ("family", "inpaint"), [("sd1", False), pytest.param("sd2", True, marks=pytest.mark.slow), ("sdxl", False)]
+)
 def test_diffusers_loads_what_is_saved_as_its_folder(family: str, inpaint: bool, tmp_path: Path) -> None:
     bundle = load_pretrained(sd_files.tree(family, inpaint=inpaint))
     folder = save_diffusers(bundle, tmp_path / "saved")

@@ -233,7 +233,7 @@ def test_checkpointing_keeps_less_and_changes_nothing():
     assert kept_less < 0.6 * kept
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiles_in_one_graph(checkpointing: bool):
     c = replace(sd.XL, widths=(8, 16), depths=(0, 1), depth_mid=1, blocks=1, heads=(1, 2))
     net = sd.randomise(SDUNet(c))
