@@ -86,7 +86,7 @@ def two(tmp_path_factory, one_thread) -> dict[str, Any]:
     """What both ranks saw, and the folder of it all; a run of one process stopped half way lies in it for them."""
     out = tmp_path_factory.mktemp("two")
     follow(out / "cut", cases(out)["points"], World(), signal_at=STEPS // 2)
-    return {"out": out, "ranks": launch(lambda: work(out))}
+    return {"out": out, "ranks": launch(work, (out,))}  # not forked: this process may have had threads
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,8 @@ def test_two_processes_end_with_the_weights_of_one(one, two, name):
     assert two["ranks"][0][name]["weight"] == two["ranks"][1][name]["weight"]
 
 
-@pytest.mark.parametrize("name", ["points", pytest.param("images", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["points", "images"])
 def test_four_processes_end_with_the_weights_of_two_and_of_one(name, tmp_path, one_thread):
     """Of a batch in four micro-batches: 1 process x 4, 2 x 2, 4 x 1."""
     options = cases(tmp_path)[name]
@@ -158,6 +159,7 @@ def validated(out: Path, here: World) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_three_processes_share_a_validation_that_does_not_divide(tmp_path):
     """Batches of 2 and 1 on the first two, one on the third; and of two samples none that counts on the third."""
 

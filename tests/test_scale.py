@@ -122,7 +122,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str,
     out = tmp_path_factory.mktemp("scale")
     for kind in ("ddp", "fsdp"):
         follow(out / f"one-{kind}", short(out, POINTED), World(), signal_at=TURN)
-    return {"out": out, "ranks": launch(lambda: work(out))}
+    return {"out": out, "ranks": launch(work, (out,))}  # not forked: this process may have had threads
 
 
 @pytest.fixture(scope="module")
