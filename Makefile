@@ -27,15 +27,15 @@ help:  ## this list
 demo: .venv/base  ## train on real images, make pictures, write runs/demo (about 3 minutes of training)
 	@$(BIN)/nanodiffusion demo
 
-# two processes of one thread each: two of as many threads as there are cores wait for each other
+# two processes of one thread each, as more threads than cores wait for each other; a file to one of them, for its fixtures
 test: .venv/dev  ## the default test suite: offline, CPU
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: .venv/dev  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 slow: .venv/dev  ## the tests that take minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow

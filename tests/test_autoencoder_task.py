@@ -104,6 +104,7 @@ def test_a_stopped_autoencoder_continues_bit_by_bit(tmp_path):
     assert {f.name: f.read_bytes() for f in ours.iterdir()} == {f.name: f.read_bytes() for f in theirs.iterdir()}
 
 
+@pytest.mark.slow
 def test_training_reconstructs_better(tmp_path):
     make_runner(tmp_path, options(tmp_path, steps=150, validate_every=50)).run()
     found = [row for row in rows(tmp_path / "run") if "val/psnr" in row]

@@ -543,7 +543,8 @@ def grown(family: str, file: Path, layout: str = "kohya") -> None:
     save_lora(Lora(parts), file, layout)
 
 
-@pytest.mark.parametrize("family", SOME)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_started_lora_gives_what_the_base_gives_with_it_and_goes_on(family, tmp_path):
     from nanodiffusion.lora import add_lora, read_lora
 
