@@ -26,6 +26,7 @@ from benchmarks.worker import busy
 
 RESULTS = Path(__file__).parent / "results"
 CLEAN, FOREIGN, SECONDS = 7, 0.1, 1.0  # windows wanted, cores others may take, length of a window
+LONG = 60.0  # seconds of a call that needs no warming up
 PACKAGES = ("torch", "numpy", "smalldiffusion", "diffusers", "transformers", "accelerate", "webdataset")
 
 
@@ -122,6 +123,9 @@ def stable_diffusion() -> dict[str, Bench]:
 # -- running work --------------------------------------------------------------------------------------------------------
 
 
+Windows = list[dict[str, float]]  # what a worker answered, one by one
+
+
 class Worker:
     """A side's process; `window(n)` runs its case n times."""
 
@@ -149,27 +153,25 @@ class Worker:
         self.process.wait()
 
 
-def calls_for(worker: Worker, seconds: float) -> int:
-    """Calls that fill a window, after warming up: once where one call fills it, twice or more where it does not."""
-    if worker.window(1)["seconds"] > 2 * seconds:
-        return 1
+def begin(worker: Worker, seconds: float) -> tuple[int, Windows]:
+    """Calls that fill a window, after warming up, and the windows that count already: a call of a minute is one by itself."""
+    first = worker.window(1)
+    if first["seconds"] > 2 * seconds:
+        return 1, [first] if first["seconds"] > LONG else []
     worker.window(1)
     calls = 1
     while (took := worker.window(calls)["seconds"]) < seconds / 4:
         calls *= 4
-    return max(1, round(calls * seconds / took))
+    return max(1, round(calls * seconds / took)), []
 
 
-Windows = dict[str, list[dict[str, float]]]
-
-
-def run(sides: dict[str, str], device: str, threads: int, seconds: float, rounds: int) -> Windows:
+def run(sides: dict[str, str], device: str, threads: int, seconds: float, rounds: int) -> dict[str, Windows]:
     """Windows of every side, in turn and back again, until each has enough clean ones."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     workers = {side: Worker(case, device, environment) for side, case in sides.items()}
-    calls = {side: calls_for(worker, seconds) for side, worker in workers.items()}
-    windows: Windows = {side: [] for side in workers}
-    for i in range(rounds):
+    begun = {side: begin(worker, seconds) for side, worker in workers.items()}
+    calls, windows = {side: calls for side, (calls, _) in begun.items()}, {side: w for side, (_, w) in begun.items()}
+    for i in range(max(len(w) for w in windows.values()), rounds):
         for side in list(workers) if i % 2 == 0 else list(workers)[::-1]:
             windows[side].append(workers[side].window(calls[side]))
         if all(len(clean(w)) >= CLEAN for w in windows.values()):
@@ -179,12 +181,12 @@ def run(sides: dict[str, str], device: str, threads: int, seconds: float, rounds
     return windows
 
 
-def clean(windows: list[dict[str, float]]) -> list[dict[str, float]]:
+def clean(windows: Windows) -> Windows:
     """The windows in which the machine did nothing else."""
     return [w for w in windows if w["others"] < FOREIGN]
 
 
-def summary(windows: list[dict[str, float]], noisy: bool) -> dict[str, Any]:
+def summary(windows: Windows, noisy: bool) -> dict[str, Any]:
     """Median and quartiles of a side: seconds per unit by the clock, and of CPU."""
     used = windows if noisy else clean(windows)
     low, middle, high = statistics.quantiles([w["wall"] for w in used], n=4)
@@ -199,7 +201,7 @@ def summary(windows: list[dict[str, float]], noisy: bool) -> dict[str, Any]:
     }
 
 
-def compare(groups: dict[str, Windows]) -> dict[str, Any]:
+def compare(groups: dict[str, dict[str, Windows]]) -> dict[str, Any]:
     """A result: all sides and the ratios of the peer's time to the others', above 1 where they are faster."""
     noisy = any(len(clean(w)) < CLEAN for windows in groups.values() for w in windows.values())
     sides: dict[str, dict[str, Any]] = {}
@@ -288,7 +290,7 @@ def run_cold(name: str, threads: int) -> dict[str, Any]:
     _, peer, repeats = COLD[name]
     sides = commands(name)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    windows: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    windows: dict[str, Windows] = {side: [] for side in sides}
     for i in range(repeats):
         for side in list(sides) if i % 2 == 0 else list(sides)[::-1]:
             windows[side].append(once(sides[side], environment))

@@ -26,7 +26,8 @@ from nanodiffusion.evaluate import frechet, of_data
 from nanodiffusion.evaluate.features import fit_small
 from nanodiffusion.fast import tune_cpu
 from nanodiffusion.nets import net_size
-from nanodiffusion.run import Run, Runner, load_run
+from nanodiffusion.run import Run, load_run
+from nanodiffusion.runner import Runner
 
 RESULT = Path(__file__).parent / "results" / "distill.json"
 OUT = "runs/distill"

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanodiffusion.checkpoint import save_tensors
 from nanodiffusion.data import fashion_mnist
 from nanodiffusion.evaluate import Moments, moments, of_data
 from nanodiffusion.evaluate.features import SmallNet, fit_small, load_small
 from nanodiffusion.evaluate.images import file_hash
+from nanodiffusion.tensors import save_tensors
 
 FILE = Path(__file__).parent / "results" / "fashion-classifier.safetensors"
 EPOCHS, BATCH = 6, 128

@@ -56,7 +56,7 @@ def train_ours(side: str, minutes: float) -> tuple[Tensor, int, int]:
     from nanodiffusion.draw import cycled, draw
     from nanodiffusion.fast import tune_cpu
     from nanodiffusion.nets import net_size
-    from nanodiffusion.run import Runner
+    from nanodiffusion.runner import Runner
     from nanodiffusion.text.pooled import open_text
 
     tune_cpu()

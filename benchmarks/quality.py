@@ -29,7 +29,7 @@ def train_ours(minutes: float, unconditional: bool, overrides: list[str]) -> tup
     from nanodiffusion.cli.train import plan
     from nanodiffusion.distributed import world
     from nanodiffusion.fast import tune_cpu
-    from nanodiffusion.run import Runner
+    from nanodiffusion.runner import Runner
 
     tune_cpu()
     limits = ["overwrite=true", "out=runs/quality", "validate_every=0"]

@@ -257,7 +257,7 @@ UNet2DConditionModel.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16)
 
 def unet_folder(name: str) -> Path:
     """A full-size U-Net on the disk, written once: "sdxl-bf16" or "sd15-fp32"."""
-    from nanodiffusion.checkpoint import save_tensors
+    from nanodiffusion.tensors import save_tensors
 
     config, dtype = {"sdxl-bf16": (SDXL, torch.bfloat16), "sd15-fp32": (SD15, torch.float32)}[name]
     folder = FILES / name

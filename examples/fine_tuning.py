@@ -31,7 +31,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from nanodiffusion import grid, load_codec, load_controlnet, load_pretrained, pictures, save_diffusers, save_png
-from nanodiffusion.checkpoint import save_tensors
 from nanodiffusion.cli import main as nanodiffusion
 from nanodiffusion.data import load_data
 from nanodiffusion.data.conditioning import canny, to_unit
@@ -46,6 +45,7 @@ from nanodiffusion.nets.sd_unet import SDUNet, SDUNetConfig
 from nanodiffusion.noise import ldm
 from nanodiffusion.pretrained import FAMILIES, Bundle, load_adapter, load_tokens, replace_part
 from nanodiffusion.tasks import AdapterInput, Control, generate
+from nanodiffusion.tensors import save_tensors
 from nanodiffusion.text import CLIPText, CLIPTokenizer, TextConfig
 from nanodiffusion.text.inversion import load_inversion
 from nanodiffusion.text.prompts import TextEncoder, TextPart

@@ -16,7 +16,8 @@ from nanodiffusion.denoiser import DISTANCES, PRECISIONS, Cond
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.noise import Density
 from nanodiffusion.task import Task, check_net, refuse_images
-from nanodiffusion.train import VALIDATION_SEED, Trainer
+from nanodiffusion.train import Trainer
+from nanodiffusion.validate import HeldOut
 
 SHOWN = 16  # images in a run's pictures
 MEASURED = 2048  # images whose latents say a codec's scale
@@ -148,9 +149,9 @@ class Autoencode(Task):
             fix = "leave sample.prompts out"
             raise UserError("an autoencoder takes no text", key="sample.prompts", fix=fix)
 
-    def validator(self, trainer: Trainer, data: Any, density: Density, most: int) -> "AutoencoderValidator":
+    def validator(self, trainer: Trainer, data: Any, density: Density, most: int) -> "Reconstructions":
         """What measures the model on held-out data."""
-        return AutoencoderValidator(trainer, data)
+        return Reconstructions(trainer, data, most, trainer.denoiser.noise_shape)  # type: ignore[arg-type]
 
     def fixed(self, config: Config, model: Autoencoding, data: Any) -> dict[str, Tensor]:
         """The images that are reconstructed in pictures."""
@@ -176,34 +177,19 @@ class Autoencode(Task):
         save_codec(net, replace(net.config, scale=1 / deviation, shift=mean), folder / "codec")
 
 
-class AutoencoderValidator:
-    """The loss on all held-out images at fixed noise, and the error of their reconstructions by the latents' means."""
+class Reconstructions(HeldOut):
+    """The loss of an autoencoder, and the error of its reconstructions by the latents' means."""
 
-    def __init__(self, trainer: Trainer, data: Any) -> None:
-        self.trainer, self.data = trainer, data.to(trainer.world.device)
-
-    @torch.no_grad()
-    def _measure(self) -> tuple[float, float]:
+    def measure(self) -> dict[str, Any]:
         """Mean loss, and PSNR in dB of the mean squared error over all images on [0, 1]."""
-        trainer, losses, errors = self.trainer, [], []
-        model, device = trainer.denoiser.eval(), trainer.world.device
-        g = torch.Generator(device).manual_seed(VALIDATION_SEED)
-        for index in torch.arange(len(self.data)).split(trainer.micro_batch):
-            x0, _ = self.data.batch(index.to(device))
-            eps = torch.randn(len(x0), *model.noise_shape, generator=g, device=device)  # type: ignore[misc]
-            losses.append(trainer.plain_objective(x0, torch.zeros_like(eps[:, 0, 0, 0]), eps, {}))
-            errors.append((model.net(x0).clamp(-1, 1) - x0).div(2).square().flatten(1).mean(1))
-        return torch.cat(losses).mean().item(), psnr(torch.cat(errors).double().mean().item())
-
-    def row(self) -> dict[str, Any]:
-        """val/loss and val/psnr of the raw weights, val/ema_loss and val/ema_psnr of the first average."""
-        loss, db = self._measure()
-        row = {"val/loss": loss, "val/psnr": db}
-        if self.trainer.emas:
-            with self.trainer.emas[0].swap(self.trainer.denoiser.net):
-                loss, db = self._measure()
-            row |= {"val/ema_loss": loss, "val/ema_psnr": db}
-        return row
+        model = self.trainer.denoiser
+        totals = torch.zeros(2, device=self.eps.device)
+        for x0, eps, _, counts in self.batches():
+            loss = self.trainer.plain_objective(x0, torch.zeros_like(eps[:, 0, 0, 0]), eps, {})
+            error = (model.net(x0).clamp(-1, 1) - x0).div(2).square().flatten(1).mean(1)  # type: ignore[operator]
+            totals += torch.stack([(loss * counts).sum(), (error * counts).sum()])
+        loss, error = self.mean(totals)
+        return {"loss": loss, "psnr": psnr(error)}
 
 
 def psnr(mse: float) -> float:

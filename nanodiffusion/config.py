@@ -85,7 +85,7 @@ class Config(TrainConfig):
     codec: str = ""  # what decodes the data's latents: a folder, file or hub name; "" = what the data says, else pixels
     text: str = ""  # what turns prompts into the net's condition; "" = what the data says
     validation: float = 0.0  # share of the training set held out where the data has no test split; 0 = none
-    validation_samples: int = 512  # of these, how many a diffusion model is measured on, each at 8 noise levels
+    validation_samples: int = 512  # of these, how many are measured; by a diffusion model each at 8 noise levels
     net: Component = component("mlp")
     prediction: str = "eps"  # eps, x0, x0_linear, v, flow, edm
     sigma_data: float = 0.5  # of prediction edm

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanodiffusion.checkpoint import check_fit, load_tensors, load_weights, save_tensors
 from nanodiffusion.errors import UserError
 from nanodiffusion.shard import joined, local, part, sharded
+from nanodiffusion.tensors import check_fit, load_tensors, load_weights, save_tensors
 
 Profile = Callable[[int], float]  # optimizer steps done, from 1 -> beta in [0, 1]
 

@@ -7,7 +7,7 @@ A task makes a model (a module with `net`, `precision` and `loss`), which is all
 how it is validated and pictured.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,8 +25,8 @@ from nanodiffusion.nets import NETS, build_net
 from nanodiffusion.noise import DENSITIES, SCHEDULES, Density, Schedule
 from nanodiffusion.task import Task, check_net, refuse_images
 from nanodiffusion.train import VALIDATION_SEED, Trainer
+from nanodiffusion.validate import Validator
 
-VALIDATION_LEVELS = 8
 SHOWN = 8  # columns of a run's grid where the data has no classes
 WIDEST = 20  # columns of any grid
 OPTIONS = {"label": "num_classes", "pooled": "pooled_dim"}  # of a net: how many classes it knows, how long a text is
@@ -143,7 +143,7 @@ class Denoise(Task):
             fix = "leave sample.prompts out"
             raise UserError("this model takes no text", key="sample.prompts", found=config.net.get("name"), fix=fix)
 
-    def validator(self, trainer: Trainer, data: Any, density: Density, most: int) -> "Validator":
+    def validator(self, trainer: Trainer, data: Any, density: Density, most: int) -> Validator:
         """What measures the model on held-out data."""
         return Validator(trainer, data, density, most)
 
@@ -222,52 +222,6 @@ def completed(x: Tensor, fixed: Fixed) -> Tensor:
         return x
     mask, x0 = (fixed[name][cycled(len(x), len(fixed[name]))].to(x) for name in ("mask", "x0"))
     return torch.lerp(x0, x, mask.expand_as(x))
-
-
-class Validator:
-    """Loss on held-out samples at fixed noise and fixed levels: the middles of equally likely parts of the density.
-
-    Every process measures its part of the samples, and all ask their nets equally often, as sharded ones must be. The
-    samples are made anew each time: conditions may be large pictures.
-    """
-
-    def __init__(self, trainer: Trainer, data: Any, density: Density, most: int) -> None:
-        device = trainer.world.device
-        g = torch.Generator(device).manual_seed(VALIDATION_SEED)
-        self.trainer, self.data = trainer, data.to(device)
-        self.n = n = min(len(data), most)
-        self.index = torch.randperm(len(data), generator=g, device=device)[:n]
-        self.eps = torch.randn(n, *data.shape, generator=g, device=device)
-        # to know a part of a sample is a part of the task; other augmentation is not
-        self.u = torch.rand(n, data.draws, generator=g, device=device) if "concat" in trainer.takes else None
-        q = (torch.arange(VALIDATION_LEVELS, device=device) + 0.5) / VALIDATION_LEVELS
-        self.levels = torch.quantile(density(2**14, g), q)
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor, Cond, Tensor]]:
-        """This process's samples: x0, eps (b ...), what the net takes, and whether each counts (b)."""
-        world, size = self.trainer.world, self.trainer.micro_batch
-        for mine, counts in zip(*(part.to(world.device).split(size) for part in world.part(self.n))):
-            x0, cond = self.data.batch(self.index[mine], None if self.u is None else self.u[mine])
-            yield x0, self.eps[mine], self.trainer.conditions(cond), counts
-
-    @torch.no_grad()
-    def _per_level(self) -> list[float]:
-        self.trainer.denoiser.eval()
-        totals = torch.zeros_like(self.levels)
-        for x0, eps, cond, counts in self.batches():
-            for i, sigma in enumerate(self.levels):
-                totals[i] += (self.trainer.plain_objective(x0, sigma.expand(len(x0)), eps, cond) * counts).sum()
-        return (self.trainer.world.sum(totals) / self.n).tolist()
-
-    def row(self) -> dict[str, Any]:
-        """val/loss and val/loss_per_sigma of the raw weights, and the same of the first average."""
-        raw = self._per_level()
-        row = {"val/loss": sum(raw) / len(raw), "val/sigma": self.levels.tolist(), "val/loss_per_sigma": raw}
-        if self.trainer.emas:
-            with self.trainer.emas[0].swap(self.trainer.denoiser.net):
-                ema = self._per_level()
-            row |= {"val/ema_loss": sum(ema) / len(ema), "val/ema_loss_per_sigma": ema}
-        return row
 
 
 TASKS: Mapping[str, Callable[..., Any]] = {"denoise": Denoise, "autoencode": Autoencode}

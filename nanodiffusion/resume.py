@@ -25,7 +25,7 @@ def _damaged(file: Path, found: str, fix: str) -> UserError:
 
 def check_same(old: Mapping[str, Any], new: Mapping[str, Any], what: str, file: Path, fix: str) -> None:
     """UserError `what` unless the settings of what lies in `file` are, as JSON has them, those of this call."""
-    now = json.loads(json.dumps(new))
+    old, now = (json.loads(json.dumps(side)) for side in (old, new))
     keys = [k for k in (*now, *sorted(old.keys() - now.keys())) if k not in old or k not in now or old[k] != now[k]]
     if keys:
         before, after = ({k: side.get(k) for k in keys} for side in (old, now))

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from nanodiffusion.checkpoint import check_fit, pack_state
 from nanodiffusion.config import TrainConfig, from_dict, make, validate_training
 from nanodiffusion.data import order
 from nanodiffusion.denoiser import DISTANCES, WEIGHTS, Cond, Denoiser, expand
@@ -24,6 +23,7 @@ from nanodiffusion.errors import UserError, lookup, need
 from nanodiffusion.fast import BLOCKS, compile_blocks
 from nanodiffusion.noise import Density
 from nanodiffusion.shard import FUSED, WHOLE, load_parts, local, optimizer_parts, parts, repeated, shard, sharded
+from nanodiffusion.tensors import check_fit, pack_state
 
 VALIDATION_SEED = 7  # of whatever a validation draws, the same each time
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanodiffusion.checkpoint import save_checkpoint, save_tensors
+from nanodiffusion.checkpoint import save_checkpoint
 from nanodiffusion.codec import AutoencoderKL, AutoencoderKLConfig
 from nanodiffusion.config import read_config
 from nanodiffusion.draw import draw
 from nanodiffusion.objective import make_denoiser
+from nanodiffusion.tensors import save_tensors
 
 SMALL = {"name": "dit", "patch": 2, "dim": 8, "depth": 1, "heads": 2, "time_features": 8}
 

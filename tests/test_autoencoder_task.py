@@ -159,7 +159,7 @@ def test_latents_have_mean_0_and_deviation_1_over_the_training_data(trained):
 
 
 def test_the_codec_is_the_averaged_weights(trained):
-    from nanodiffusion.checkpoint import load_tensors
+    from nanodiffusion.tensors import load_tensors
 
     found, _ = load_tensors(trained.folder / "codec/diffusion_pytorch_model.safetensors")
     average = trained.trainer.emas[0].tensors

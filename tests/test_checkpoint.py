@@ -23,22 +23,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from nanodiffusion import checkpoint
-from nanodiffusion.checkpoint import (
-    checkpoints,
-    latest,
-    load_best,
-    load_checkpoint,
-    load_meta,
-    load_tensors,
-    load_weights,
-    pack_state,
-    save_best,
-    save_checkpoint,
-    save_tensors,
-    unpack_state,
-    verify,
-)
+from nanodiffusion import tensors as tensor_files
+from nanodiffusion.checkpoint import checkpoints, latest, load_best, load_checkpoint, save_best, save_checkpoint, verify
 from nanodiffusion.errors import UserError
+from nanodiffusion.tensors import DTYPES, load_meta, load_tensors, load_weights, pack_state, save_tensors, unpack_state
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +58,7 @@ def names(root: Path) -> list[str]:
 # ---- one file ------------------------------------------------------------------------------------
 
 
-EVERY_DTYPE = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in checkpoint.DTYPES}
+EVERY_DTYPE = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in DTYPES}
 
 
 @pytest.mark.parametrize("name", EVERY_DTYPE)
@@ -384,7 +372,7 @@ def strike_at(patch: pytest.MonkeyPatch, at: int, strike: Callable[[], None]) ->
     for name in ("fsync", "replace", "rename", "mkdir", "rmdir", "unlink"):
         patch.setattr(os, name, faulty(getattr(os, name)))
     opened = faulty(open)
-    patch.setattr(checkpoint, "open", lambda *a: FaultyFile(opened(*a), faulty(lambda: None)), raising=False)
+    patch.setattr(tensor_files, "open", lambda *a: FaultyFile(opened(*a), faulty(lambda: None)), raising=False)
 
 
 def failure(call: Callable[[], object]) -> str | None:

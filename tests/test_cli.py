@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanodiffusion.checkpoint import checkpoints, load_tensors
+from nanodiffusion.checkpoint import checkpoints
 from nanodiffusion.cli import main
 from nanodiffusion.cli import sample as sample_command
 from nanodiffusion.cli import train as train_command
@@ -34,6 +34,7 @@ from nanodiffusion.nets import NETS
 from nanodiffusion.noise import DENSITIES, LADDERS, SCHEDULES
 from nanodiffusion.objective import TASKS, make_density, make_schedule, make_task
 from nanodiffusion.sampler import STEPS
+from nanodiffusion.tensors import load_tensors
 from nanodiffusion.tracking import TRACKERS
 
 pytest.importorskip("hydra")

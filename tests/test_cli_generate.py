@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from nanodiffusion import tasks as g
-from nanodiffusion.checkpoint import save_tensors
 from nanodiffusion.cli import main
 from nanodiffusion.cli.asked import (
     Helper,
@@ -35,6 +34,7 @@ from nanodiffusion.metadata import chunks, read_settings
 from nanodiffusion.nets.inpaint import InpaintTokens
 from nanodiffusion.pretrained import load_pretrained, load_tokens, replace_part
 from nanodiffusion.show import save_png
+from nanodiffusion.tensors import save_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -269,7 +269,11 @@ def test_a_trained_u_net_and_its_tokens_draw_as_the_library_does(run, place, tmp
     *_, last = g.generate(bundle, "a cat", steps=2, negative="dog", guidance=3.0, tokens=tokens, **given)
     assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(g.pictures(bundle, last.x, **given)[0]))
     settings = read_settings(tmp_path / "a.png")
-    assert settings["unet"] == {"file": str(other), "sha256": digest([*other.glob("*.safetensors")])}
+    files = [
+        *other.glob("*.safetensors"),
+        other.parent / "scheduler/scheduler_config.json",
+    ]  # which says how it is read
+    assert settings["unet"] == {"file": str(other), "sha256": digest(files)}
     assert settings["tokens"] == {"file": "tokens.safetensors", "sha256": digest([place / "tokens.safetensors"])}
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from nanodiffusion.checkpoint import checkpoints, load_tensors
+from nanodiffusion.checkpoint import checkpoints
 from nanodiffusion.cli import main as nanodiffusion
 from nanodiffusion.cli import train as train_command
 from nanodiffusion.cli.recipes import VARIABLE
@@ -32,6 +32,7 @@ from nanodiffusion.config import Config, option_types, read_config
 from nanodiffusion.data import pictures
 from nanodiffusion.errors import UserError
 from nanodiffusion.finetune import FINETUNES
+from nanodiffusion.tensors import load_tensors
 
 pytest.importorskip("hydra")
 pytestmark = pytest.mark.usefixtures("one_thread")

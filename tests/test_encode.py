@@ -21,7 +21,6 @@ import pytest
 import torch
 from PIL import Image
 
-from nanodiffusion.checkpoint import save_tensors
 from nanodiffusion.cli import main
 from nanodiffusion.codec import AutoencoderKL, AutoencoderKLConfig
 from nanodiffusion.data import load_data
@@ -31,6 +30,7 @@ from nanodiffusion.encode import EncodeConfig, Encoder, Found, Source, square
 from nanodiffusion.errors import UserError
 from nanodiffusion.pretrained import load_codec
 from nanodiffusion.pretrained.architecture import vae_json
+from nanodiffusion.tensors import save_tensors
 from nanodiffusion.text import open_text
 from tests.test_shards import FAULTS, dirty_set
 from tests.tiny import IMAGES, dies_at_sync, forked, make_runner

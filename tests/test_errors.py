@@ -410,7 +410,7 @@ def test_a_memory_that_is_full_says_what_to_change(
 def test_a_header_from_the_future_is_refused_by_the_name_of_its_key(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    from nanodiffusion.checkpoint import load_tensors, save_tensors
+    from nanodiffusion.tensors import load_tensors, save_tensors
 
     file = place / "runs/good/checkpoint/step-00000002/model.safetensors"
     tensors, meta = load_tensors(file)

@@ -10,8 +10,8 @@ from PIL import Image
 
 from examples import fine_tuning
 from nanodiffusion import grid, save_png
-from nanodiffusion.checkpoint import load_tensors
 from nanodiffusion.pretrained import load_pretrained
+from nanodiffusion.tensors import load_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -621,7 +621,7 @@ def test_the_teacher_of_few_steps_is_led_away_from_no_text(family):
 @pytest.mark.parametrize("task", ["text_to_image", "controlnet"])
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(task, tmp_path):
     from nanodiffusion.distributed import World
-    from nanodiffusion.run import Runner
+    from nanodiffusion.runner import Runner
     from tests.tiny import differences
 
     pictures = write_pictures(tmp_path / "photos")
@@ -652,7 +652,7 @@ def test_aspects_are_trained_and_validated_and_what_is_left_out_is_said(tmp_path
     from PIL import Image
 
     from nanodiffusion.distributed import World
-    from nanodiffusion.run import Runner
+    from nanodiffusion.runner import Runner
 
     folder = write_pictures(tmp_path / "photos")
     for i, size in enumerate(((64, 128), (64, 130), (128, 64), (128, 66))):

@@ -22,7 +22,7 @@ from nanodiffusion.finetune.encoded import ready_made
 from nanodiffusion.memory import tensors_of, training_peak
 from nanodiffusion.objective import make_density
 from nanodiffusion.pretrained.load import is_checkpoint
-from nanodiffusion.run import Runner
+from nanodiffusion.runner import Runner
 from nanodiffusion.train import Trainer
 from tests import sd_files
 from tests.test_encode import contents, encode, picture, program, write_codec, write_shards

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanodiffusion.checkpoint import content_hash
 from nanodiffusion.errors import UserError
 from nanodiffusion.evaluate.features import converted, inception_features
 from nanodiffusion.evaluate.inception import Inception
 from nanodiffusion.evaluate.resize import RESIZES
+from nanodiffusion.tensors import content_hash
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

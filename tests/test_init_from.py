@@ -12,9 +12,10 @@ import torch
 from tiny import IMAGES, POINTS, differences, make_runner, saved
 from torch.testing import assert_close
 
-from nanodiffusion.checkpoint import load_tensors, save_tensors
 from nanodiffusion.errors import UserError
-from nanodiffusion.run import Runner, load_run
+from nanodiffusion.run import load_run
+from nanodiffusion.runner import Runner
+from nanodiffusion.tensors import load_tensors, save_tensors
 from nanodiffusion.train import Step
 
 DIT = {"name": "dit", "dim": 16, "depth": 1, "heads": 2, "patch": 2}

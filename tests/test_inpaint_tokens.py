@@ -8,7 +8,6 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from nanodiffusion.checkpoint import load_tensors
 from nanodiffusion.config import make, read_config
 from nanodiffusion.errors import UserError
 from nanodiffusion.finetune import FINETUNES
@@ -17,6 +16,7 @@ from nanodiffusion.nets.inpaint import InpaintTokens
 from nanodiffusion.pretrained import load_pretrained, load_tokens
 from nanodiffusion.tasks import GenerateConfig, Inputs, complete
 from nanodiffusion.tasks.plan import stages
+from nanodiffusion.tensors import load_tensors
 from tests import sd_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from nanodiffusion import fast
-from nanodiffusion.checkpoint import load_tensors, save_tensors
 from nanodiffusion.errors import UserError
 from nanodiffusion.nets import PixArt, PixArtConfig, build_net, net_flops, net_size
+from nanodiffusion.tensors import load_tensors, save_tensors
 
 SMALL = {"in_size": (4, 6), "channels_in": 3, "dim": 24, "depth": 2, "heads": 2, "num_classes": 3}
 

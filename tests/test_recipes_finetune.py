@@ -25,7 +25,8 @@ from nanodiffusion.data.controls import CONTROLS
 from nanodiffusion.distributed import World
 from nanodiffusion.errors import UserError
 from nanodiffusion.finetune import FINETUNES
-from nanodiffusion.run import Runner, generation, load_run
+from nanodiffusion.run import generation, load_run
+from nanodiffusion.runner import Runner
 
 pytest.importorskip("hydra")
 pytestmark = pytest.mark.usefixtures("one_thread")

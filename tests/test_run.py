@@ -13,9 +13,10 @@ import torch
 from tiny import AVERAGES, IMAGES, KINDS, POINTS, differences, harassed, images, make_runner, rows, saved
 from torch.testing import assert_close
 
-from nanodiffusion.checkpoint import checkpoints, load_tensors
+from nanodiffusion.checkpoint import checkpoints
 from nanodiffusion.errors import UserError
 from nanodiffusion.run import load_run
+from nanodiffusion.tensors import load_tensors
 from nanodiffusion.train import Step, Trainer
 
 BUSY = {  # everything that a checkpoint has to carry
@@ -281,6 +282,23 @@ def test_patience_ends_a_run_and_the_best_checkpoint_is_the_best(tmp_path):
     assert runner.trainer.step == 18  # two validations after the best one, at step 12
     assert saved(tmp_path / "run", best=True)[1]["step"] == 12
     assert load_run(tmp_path / "run", best=True).step == 12 and load_run(tmp_path / "run").step == 18
+
+
+@pytest.mark.parametrize("ended", ["done", "time"])
+def test_the_last_weights_of_a_run_are_validated_wherever_it_ends(tmp_path, ended):
+    limit = {"time_limit": 1e-6} if ended == "time" else {"steps": 4}
+    runner = make_runner(tmp_path, POINTS, validate_every=3, validation=0.2, **limit)
+    scripted(runner, [1.0, 0.5])
+    assert runner.run() == ended
+    measured = [row["step"] for row in rows(tmp_path / "run") if "val/loss" in row]
+    assert measured == ([1] if ended == "time" else [3, 4])
+    assert saved(tmp_path / "run", best=True)[1]["step"] == measured[-1]
+
+
+def test_a_signal_ends_a_run_without_a_validation(tmp_path):
+    runner = make_runner(tmp_path, POINTS, validate_every=3, validation=0.2)
+    runner.run(stop_at(4))
+    assert [row["step"] for row in rows(tmp_path / "run") if "val/loss" in row] == [3]
 
 
 def test_patience_is_remembered_across_a_stop(tmp_path):

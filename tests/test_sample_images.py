@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
-from nanodiffusion.checkpoint import load_tensors
 from nanodiffusion.config import make
 from nanodiffusion.data import load_data
 from nanodiffusion.distributed import World
 from nanodiffusion.errors import UserError
 from nanodiffusion.finetune import FINETUNES
-from nanodiffusion.run import Runner
+from nanodiffusion.runner import Runner
+from nanodiffusion.tensors import load_tensors
 from tests import sd_files
 from tests.test_finetune import SAMPLE, config_of, write_pictures
 from tests.tiny import IMAGES, images, make_runner

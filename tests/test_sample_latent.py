@@ -11,12 +11,12 @@ from latent_runs import expected, write_codec, write_run
 from PIL import Image
 from torch import Tensor
 
-from nanodiffusion.checkpoint import load_tensors, save_tensors
 from nanodiffusion.cli import main, pictures
 from nanodiffusion.cli import sample as sample_command
 from nanodiffusion.pretrained import load_codec
 from nanodiffusion.run import load_run
 from nanodiffusion.sampler import ImageNoise
+from nanodiffusion.tensors import load_tensors, save_tensors
 from nanodiffusion.text.pooled import open_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")

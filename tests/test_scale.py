@@ -19,13 +19,14 @@ from tiny import AVERAGES, IMAGES, POINTS, dies_at_batch, dies_at_sync, differen
 from torch import nn
 from torch.testing import assert_close
 
-from nanodiffusion.checkpoint import checkpoints, load_tensors
+from nanodiffusion.checkpoint import checkpoints
 from nanodiffusion.distributed import World, launch, world
 from nanodiffusion.errors import UserError
 from nanodiffusion.finetune import FINETUNES
 from nanodiffusion.nets import build_net
 from nanodiffusion.run import load_run
 from nanodiffusion.shard import repeated, shard
+from nanodiffusion.tensors import load_tensors
 from nanodiffusion.train import Step
 
 ONE = 1e-6  # between the same sums in another order
@@ -204,6 +205,14 @@ def test_a_net_called_beside_its_forward_is_sharded_and_published(one, two, kind
     assert apart(ours.parent, theirs.parent) <= ONE
     codecs = [load_tensors(next((run / "codec").glob("*.safetensors")))[0] for run in (ours, theirs)]
     assert_close(*codecs, rtol=0, atol=ONE)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_processes_validate_a_part_of_the_images_each_and_say_what_one_does(one, two, kind):
+    ours, theirs = ([row for row in rows(two["out"] / k / "coded/run") if "val/psnr" in row] for k in ("one", kind))
+    assert len(ours) == 2 and {"val/loss", "val/psnr"} <= ours[0].keys() == theirs[0].keys()
+    for a, b in zip(ours, theirs):
+        assert b == pytest.approx(a, rel=1e-5)
 
 
 def test_a_full_disk_of_one_process_is_an_error_of_all_and_costs_nothing(two):

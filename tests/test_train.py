@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from nanodiffusion.checkpoint import pack_state, unpack_state
 from nanodiffusion.config import TrainConfig
 from nanodiffusion.data import TensorData, swiss_roll, two_moons
 from nanodiffusion.denoiser import Denoiser
@@ -23,6 +22,7 @@ from nanodiffusion.distributed import World
 from nanodiffusion.errors import UserError
 from nanodiffusion.nets import IdealDenoiser, build_net
 from nanodiffusion.noise import log_linear, log_normal, table_density
+from nanodiffusion.tensors import pack_state, unpack_state
 from nanodiffusion.train import LR_SCHEDULES, TORCH_OPTIMIZERS, TORCH_SCHEDULERS, Trainer, fit, mix
 
 DENSITY = log_normal(-0.5, 1.0)

@@ -22,7 +22,7 @@ import torch
 from nanodiffusion.checkpoint import latest, load_best
 from nanodiffusion.config import read_config
 from nanodiffusion.distributed import World, world
-from nanodiffusion.run import Runner
+from nanodiffusion.runner import Runner
 from nanodiffusion.train import Step
 
 TIMINGS = {"seconds", "images_per_s", "memory_gb"}

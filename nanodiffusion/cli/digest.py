@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from nanodiffusion.checkpoint import file_sha256
 from nanodiffusion.data.download import cache_dir
 from nanodiffusion.errors import UserError
 from nanodiffusion.show import atomic
+from nanodiffusion.tensors import file_sha256
 
 REMEMBERED = 16 << 20  # bytes; smaller files are read faster than looked up
 MOST = 1000  # files remembered

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from nanodiffusion import show
-from nanodiffusion.checkpoint import save_tensors
 from nanodiffusion.errors import lookup
 from nanodiffusion.sampler import State
 from nanodiffusion.tasks import eps_of
+from nanodiffusion.tensors import save_tensors
 
 FRAMES = 60  # steps in a film, at most
 FILMED = 16  # pictures in it, at most

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from nanodiffusion.checkpoint import Checkpoint, checkpoints, load_meta, verify
+from nanodiffusion.checkpoint import Checkpoint, checkpoints, verify
 from nanodiffusion.cli import inert, one_target
 from nanodiffusion.cli.describe import of_folder, of_weights, size_of
 from nanodiffusion.cli.recipes import CONFIGS, flow
@@ -21,6 +21,7 @@ from nanodiffusion.errors import UserError, nearest
 from nanodiffusion.metadata import read_settings
 from nanodiffusion.pretrained.weights import PICKLES, pickled, source_of
 from nanodiffusion.run import find_checkpoint
+from nanodiffusion.tensors import load_meta
 
 Facts = dict[str, Any]
 

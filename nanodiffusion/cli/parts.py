@@ -27,6 +27,7 @@ from nanodiffusion.pretrained import (
     load_pretrained,
     load_tokens,
     replace_part,
+    scheduler_beside,
 )
 from nanodiffusion.pretrained.hub import cached, split_name
 from nanodiffusion.pretrained.weights import DTYPES, source_of
@@ -197,7 +198,8 @@ def with_files(bundle: Bundle, asked: Asked) -> tuple[Bundle, Asked]:
     if unet.file:
         with reading(unet.file, unet.sha256, "unet"):
             bundle = replace_part(bundle, "unet", unet.file, dtype_of(bundle.denoiser))
-        unet = Named(unet.file, verified(weight_files(unet.file, "unet"), unet.sha256, "unet"))
+        read_by = [file for file in [scheduler_beside(unet.file)] if file]
+        unet = Named(unet.file, verified([*weight_files(unet.file, "unet"), *read_by], unet.sha256, "unet"))
     if vae.file:
         with reading(vae.file, vae.sha256, "vae"):
             codec = load_codec(vae.file, dtype, device, family=bundle.family.name)

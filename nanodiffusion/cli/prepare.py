@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from nanodiffusion import prepare
-from nanodiffusion.checkpoint import file_sha256
 from nanodiffusion.cli.words import parse_value, read_pairs
 from nanodiffusion.data import urls
 from nanodiffusion.data.captions import TEMPLATE
 from nanodiffusion.data.shards import expand_shards, plain, read_shards
 from nanodiffusion.errors import UserError, few, lookup, nearest
+from nanodiffusion.tensors import file_sha256
 
 USAGE = "nanodiffusion prepare SOURCE out=DIR [key=value ...]"
 SHARED = ("out", "per_shard", "threads", "size", "resize", "encode")

@@ -22,7 +22,8 @@ from nanodiffusion.fast import tune
 from nanodiffusion.nets import net_size
 from nanodiffusion.objective import fit_net, make_denoiser, make_task
 from nanodiffusion.report import load_metrics, write_report
-from nanodiffusion.run import Runner, generation, load_run, make_data
+from nanodiffusion.run import generation, load_run, make_data
+from nanodiffusion.runner import Runner
 from nanodiffusion.show import loss_plot, save_png
 from nanodiffusion.train import Step
 

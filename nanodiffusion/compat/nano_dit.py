@@ -41,6 +41,7 @@ from nanodiffusion.nets import pixart
 from nanodiffusion.nets.layers import check_multiple, pair
 from nanodiffusion.nets.pixart import PixArtConfig, interleaved, position_embedding
 from nanodiffusion.show import save_png, to_uint8
+from nanodiffusion.tensors import load_weights, pack_state, unpack_state
 from nanodiffusion.tracking import Metrics
 
 NAMES = {  # options of the model, here and there
@@ -530,12 +531,12 @@ class NanoDiffusionTrainer:
     ) -> Path:
         """Write everything that `load_checkpoint` reads; of the older checkpoints the newest keep_n_checkpoints - 1 stay."""
         header = {"model_config": get_kwargs(getattr(self.model, "config", {})), "epoch": epoch}
-        tensors, structure = checkpoint.pack_state(optimizer.state_dict())
+        tensors, structure = pack_state(optimizer.state_dict())
         files = {"model": (_own_names(self.model.state_dict()), header), "optimizer": (tensors, {})}
         if self.ema_model is not None:
             files["ema-0"] = (_own_names(self.ema_model.state_dict()["ema_model"]), {"step": self.ema_model.step})
         state = {"epoch": epoch, "loss": loss, "best_val_loss": self.best_val_loss, "waited": self.waited}
-        state = checkpoint.pack_state(state | {"optimizer": structure, "lr_scheduler": lr_scheduler.state_dict()})[1]
+        state = pack_state(state | {"optimizer": structure, "lr_scheduler": lr_scheduler.state_dict()})[1]
         root = self.checkpoint_dir / "checkpoint"
         if is_best:
             return checkpoint.save_best(root, epoch, files, state)
@@ -546,15 +547,15 @@ class NanoDiffusionTrainer:
     ) -> tuple[int, float]:
         """Continue from a checkpoint's folder: its epoch and loss. UserError: none there, damaged, of another model."""
         found = checkpoint.load_checkpoint(checkpoint_path)
-        state = checkpoint.unpack_state({}, found.state)
+        state = unpack_state({}, found.state)
         plain = getattr(self.model, "_orig_mod", self.model)  # what torch.compile wraps
-        checkpoint.load_weights(plain, found.files["model"], checkpoint_path)
+        load_weights(plain, found.files["model"], checkpoint_path)
         if self.ema_model is not None and "ema-0" in found.files:
             saved, names = found.files["ema-0"], self.ema_model.state_dict()["ema_model"]
             tensors = {name: saved.get(name.removeprefix("_orig_mod.")) for name in names}
             self.ema_model.load_state_dict({"ema_model": tensors, "step": found.meta["ema-0"]["step"]})
         if optimizer is not None:
-            optimizer.load_state_dict(checkpoint.unpack_state(found.files["optimizer"], state["optimizer"]))
+            optimizer.load_state_dict(unpack_state(found.files["optimizer"], state["optimizer"]))
         if lr_scheduler is not None:
             lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.best_val_loss, self.waited, self.epoch = state["best_val_loss"], state["waited"], state["epoch"] + 1

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanodiffusion.checkpoint import file_sha256
 from nanodiffusion.data.files import SPLITS
 from nanodiffusion.data.tensors import split as split_data
 from nanodiffusion.errors import UserError, few, lookup, need
+from nanodiffusion.tensors import file_sha256
 
 FORMAT = "nanodiffusion encoded 1"
 MANIFEST = "manifest.json"

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanodiffusion.checkpoint import content_hash, load_meta, load_tensors, save_tensors
 from nanodiffusion.codec import PixelCodec
 from nanodiffusion.data.encoded import FORMAT, MANIFEST, manifest_bytes, quantise, read_manifest
 from nanodiffusion.data.files import MODES, SPLITS
@@ -30,6 +29,7 @@ from nanodiffusion.encode.sources import open_source, square
 from nanodiffusion.encode.texts import Texts, open_texts
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.resume import check_same, parse_settings
+from nanodiffusion.tensors import content_hash, load_meta, load_tensors, save_tensors
 from nanodiffusion.train import mix
 
 FLOATS = {"float16": torch.float16, "float32": torch.float32}

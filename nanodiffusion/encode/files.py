@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nanodiffusion.checkpoint import write_whole
+from nanodiffusion.tensors import write_whole
 
 
 def write(path: Path, chunks: Iterable[bytes | memoryview], work: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nanodiffusion.checkpoint import content_hash
+from nanodiffusion.tensors import content_hash
 from nanodiffusion.text.pooled import open_text
 from nanodiffusion.text.reader import Reader
 

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanodiffusion.checkpoint import content_hash, load_tensors, load_weights, save_tensors
 from nanodiffusion.data.download import Published, cache_dir
 from nanodiffusion.data.tensors import order
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.evaluate.images import Images, file_hash
 from nanodiffusion.evaluate.inception import FEATURES, Inception
 from nanodiffusion.evaluate.resize import RESIZES
+from nanodiffusion.tensors import content_hash, load_tensors, load_weights, save_tensors
 
 INCEPTION = Published(
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",

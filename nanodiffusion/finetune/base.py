@@ -22,12 +22,13 @@ from nanodiffusion.errors import UserError
 from nanodiffusion.finetune.encoded import ready_made
 from nanodiffusion.guidance import cfg
 from nanodiffusion.noise import SCHEDULES, Schedule
-from nanodiffusion.objective import SHOWN, Fixed, Validator, at_once, make_schedule
+from nanodiffusion.objective import SHOWN, Fixed, at_once, make_schedule
 from nanodiffusion.pretrained.scheduler_config import scheduler_json
 from nanodiffusion.sampler import ImageNoise, sample
 from nanodiffusion.task import Task, refuse_images
 from nanodiffusion.text.reader import Reader
 from nanodiffusion.train import mix
+from nanodiffusion.validate import Validator
 
 if TYPE_CHECKING:
     from nanodiffusion.pretrained.load import Bundle

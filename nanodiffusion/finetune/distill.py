@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nanodiffusion.checkpoint import load_weights
 from nanodiffusion.config import Config, read_config
 from nanodiffusion.denoiser import DISTANCES, Cond, Denoiser, expand, mean_within
 from nanodiffusion.ema import EMA, constant
@@ -26,6 +25,7 @@ from nanodiffusion.lora import new_lora
 from nanodiffusion.lora.names import layers_of
 from nanodiffusion.noise import LADDERS
 from nanodiffusion.objective import Denoise, make_schedule
+from nanodiffusion.tensors import load_weights
 
 
 class Distilled(nn.Module):

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanodiffusion.checkpoint import save_tensors
 from nanodiffusion.config import Config
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.finetune.base import Finetune, Tuned
 from nanodiffusion.pretrained.load import Bundle
+from nanodiffusion.tensors import save_tensors
 from nanodiffusion.text.inversion import ONE, add
 from nanodiffusion.text.prompts import TextEncoder
 

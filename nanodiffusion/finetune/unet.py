@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanodiffusion.checkpoint import save_tensors
 from nanodiffusion.config import Config
 from nanodiffusion.errors import UserError
 from nanodiffusion.finetune.base import Finetune, Tuned
@@ -17,6 +16,7 @@ from nanodiffusion.nets.sd_unet import SDUNet
 from nanodiffusion.pretrained.load import Bundle
 from nanodiffusion.pretrained.publish import save_part, save_scheduler
 from nanodiffusion.pretrained.replace import replace_part
+from nanodiffusion.tensors import save_tensors
 
 
 def save_unet(model: Tuned, net: nn.Module, folder: Path) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanodiffusion.checkpoint import load_tensors, save_tensors
 from nanodiffusion.errors import UserError, few, lookup
 from nanodiffusion.pretrained.layouts import module_names
 from nanodiffusion.pretrained.recognise import FAMILY_OF_CONTEXT, published
+from nanodiffusion.tensors import load_tensors, save_tensors
 
 TARGETS = ("unet", "text", "text_2")
 

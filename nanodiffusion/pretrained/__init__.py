@@ -20,7 +20,7 @@ from nanodiffusion.pretrained.load import (
     load_unet,
 )
 from nanodiffusion.pretrained.publish import save_diffusers, save_part, save_single
-from nanodiffusion.pretrained.replace import replace_part
+from nanodiffusion.pretrained.replace import replace_part, scheduler_beside
 
 __all__ = [
     "FAMILIES",
@@ -39,4 +39,5 @@ __all__ = [
     "save_diffusers",
     "save_part",
     "save_single",
+    "scheduler_beside",
 ]

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from nanodiffusion.checkpoint import file_sha256, load_meta
 from nanodiffusion.codec import SD_VAE, SDXL_VAE, AutoencoderKL, AutoencoderKLConfig, TinyAutoencoder
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.distributed import pick_device
@@ -34,6 +33,7 @@ from nanodiffusion.pretrained.layouts import Piece, rename
 from nanodiffusion.pretrained.recognise import detect
 from nanodiffusion.pretrained.scheduler_config import PREDICTIONS, read_scheduler
 from nanodiffusion.pretrained.weights import DTYPES, STEMS, Source, has_plain, load, read_json, source_of, variants
+from nanodiffusion.tensors import file_sha256, load_meta
 from nanodiffusion.text import CLIP_BIGG, CLIP_H, CLIP_L, CLIPText, CLIPTokenizer, TextConfig
 from nanodiffusion.text.prompts import TextEncoder, TextPart
 

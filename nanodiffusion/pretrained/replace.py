@@ -11,7 +11,6 @@ from torch import nn
 
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.errors import UserError, lookup
-from nanodiffusion.noise import Schedule
 from nanodiffusion.pretrained.load import TEXTS, Bundle, family_of, load_codec, load_text, load_unet
 from nanodiffusion.pretrained.scheduler_config import read_scheduler
 from nanodiffusion.pretrained.weights import read_json
@@ -36,18 +35,21 @@ def _unet(bundle: Bundle, where: str | Path, dtype: str | torch.dtype) -> Bundle
     wanted = (bundle.family.name, old.context_dim, old.pooled_dim, old.added_dim, old.channels_out)
     words = ("family", "features of the text", "of the pooled text", "added", "channels of the latents")
     _check(where, "unet", dict(zip(words, zip(wanted, found))))
-    schedule, prediction = _reading(where) or (bundle.schedule, bundle.denoiser.prediction)
+    said = scheduler_beside(where)
+    schedule, prediction = (
+        read_scheduler(read_json(said), said) if said else (bundle.schedule, bundle.denoiser.prediction)
+    )
     denoiser = Denoiser(net, prediction, "table", schedule).eval()
     return dataclasses.replace(bundle, denoiser=denoiser, schedule=schedule)
 
 
-def _reading(where: str | Path) -> tuple[Schedule, str] | None:
-    """The noise levels and the prediction that a U-Net was trained with, where `scheduler/` lies beside its folder `unet/`."""
+def scheduler_beside(where: str | Path) -> Path | None:
+    """The `scheduler_config.json` that says how a U-Net is to be read, where `scheduler/` lies beside its folder `unet/`."""
     path = Path(where).absolute()
     inside = path.parent if path.is_file() else path
     folder = inside.parent if inside.name == "unet" else path
     file = folder / "scheduler" / "scheduler_config.json"
-    return read_scheduler(read_json(file), file) if file.is_file() else None
+    return file if file.is_file() else None
 
 
 def _vae(bundle: Bundle, where: str | Path, dtype: str | torch.dtype) -> Bundle:

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nanodiffusion.checkpoint import load_meta
 from nanodiffusion.errors import UserError, few
 from nanodiffusion.pretrained.layouts import Piece
+from nanodiffusion.tensors import load_meta
 
 Module = TypeVar("Module", bound=nn.Module)
 Rename = Callable[[Iterable[str]], Mapping[str, Piece]]  # names in the file -> the network's name -> where it is read

@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from nanodiffusion.checkpoint import load_tensors
 from nanodiffusion.errors import UserError
+from nanodiffusion.tensors import load_tensors
 from nanodiffusion.text.encoder import CLIPText
 from nanodiffusion.text.prompts import NAMES, TextEncoder, TextPart
 

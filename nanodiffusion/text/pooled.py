@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanodiffusion.checkpoint import content_hash
 from nanodiffusion.errors import UserError
+from nanodiffusion.tensors import content_hash
 from nanodiffusion.text.encoder import CLIPText
 from nanodiffusion.text.tokenizer import CLIPTokenizer
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from nanodiffusion.checkpoint import load_tensors
 from nanodiffusion.cli.convert import Order, unpickle
 from nanodiffusion.cli.evaluate.task import Task, enough
 from nanodiffusion.data import DATASETS, load_data
@@ -26,6 +25,7 @@ from nanodiffusion.evaluate.features import (
 from nanodiffusion.evaluate.images import Images, file_hash, of_data, open_images
 from nanodiffusion.evaluate.statistics import Statistics
 from nanodiffusion.run import Run
+from nanodiffusion.tensors import load_tensors
 
 # -- features ----------------------------------------------------------------------------------------------------------
 

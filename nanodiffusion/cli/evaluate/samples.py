@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from nanodiffusion import show
-from nanodiffusion.checkpoint import content_hash
 from nanodiffusion.cli.evaluate.task import LEAST, Task
 from nanodiffusion.cli.pictures import images
 from nanodiffusion.cli.sample.conditions import Asked, Wanted, choose
@@ -22,6 +21,7 @@ from nanodiffusion.draw import check_sampling, draw
 from nanodiffusion.errors import UserError
 from nanodiffusion.evaluate.images import Images
 from nanodiffusion.run import Run, load_run
+from nanodiffusion.tensors import content_hash
 
 
 def open_run(task: Task, where: str | Path | None = None) -> Run:

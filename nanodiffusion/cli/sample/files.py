@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanodiffusion import show
-from nanodiffusion.checkpoint import content_hash, load_meta, save_tensors
 from nanodiffusion.cli.pictures import images
 from nanodiffusion.cli.sample.job import Job
 from nanodiffusion.distributed import World
 from nanodiffusion.errors import UserError
 from nanodiffusion.resume import check_same, parse_settings
+from nanodiffusion.tensors import content_hash, load_meta, save_tensors
 
 
 class Sink(Protocol):

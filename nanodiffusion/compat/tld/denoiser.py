@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from nanodiffusion.checkpoint import load_tensors, load_weights
 from nanodiffusion.errors import UserError, few
 from nanodiffusion.nets.tld import LEGACY, TLD, TLDConfig
 from nanodiffusion.nets.transfer import fit_state
 from nanodiffusion.pretrained.weights import PICKLES, pickled
+from nanodiffusion.tensors import load_tensors, load_weights
 
 AVERAGE = "model_ema."  # where training checkpoints have the weights
 PREFIXES = (AVERAGE, "_orig_mod.", "module.")

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nanodiffusion.checkpoint import save_tensors
 from nanodiffusion.compat.tld import configs
 from nanodiffusion.compat.tld.configs import DataConfig, DenoiserConfig, TrainConfig, VaeConfig
 from nanodiffusion.compat.tld.data import download_and_process_data
@@ -23,7 +22,8 @@ from nanodiffusion.data.encoded import read_array
 from nanodiffusion.distributed import World, pick_device, world
 from nanodiffusion.errors import UserError
 from nanodiffusion.nets.tld import LEGACY
-from nanodiffusion.run import Runner
+from nanodiffusion.runner import Runner
+from nanodiffusion.tensors import save_tensors
 
 __all__ = ["DataConfig", "ModelConfig", "download_and_process_data", "main", "run_config"]
 
