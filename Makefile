@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# two processes of one thread each, as more threads than cores wait for each other; a file to one of them, for its fixtures
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+unexport PYTHONDONTWRITEBYTECODE  # the many processes that tests start would each compile the whole library
 
 .PHONY: help demo test check slow bench bench-gpu quality clean
 .DEFAULT_GOAL := help
@@ -27,18 +30,17 @@ help:  ## this list
 demo: .venv/base  ## train on real images, make pictures, write runs/demo (about 3 minutes of training)
 	@$(BIN)/nanodiffusion demo
 
-# two processes of one thread each, as more threads than cores wait for each other; a file to one of them, for its fixtures
 test: .venv/dev  ## the default test suite: offline, CPU
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@$(PYTEST)
 
 check: .venv/dev  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(PYTEST)
 
 slow: .venv/dev  ## the tests that take minutes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+	@$(PYTEST) -m slow
 
 bench: .venv/dev  ## speed and memory against peers, both sides in one run
 	@$(BIN)/python -m benchmarks.bench
