@@ -1,8 +1,6 @@
 """`python -m nanodiffusion`, which is also what torchrun starts."""
 
-import sys
-
-from nanodiffusion.cli import main
+from nanodiffusion.cli import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,17 +1,19 @@
 """Several processes as torchrun or `launch` starts them: NCCL on GPUs, gloo on CPUs. One process needs none of it."""
 
+import atexit
 import json
 import math
 import os
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -149,6 +151,20 @@ def _meeting(rank: int, size: int) -> dict[str, Any]:
     return {"store": dist.PrefixStore(f"start-{start}", store), "rank": rank, "world_size": size}
 
 
+def end(code: int) -> NoReturn:
+    """Leave a process that is one of several, and do not take it apart first, as a process of a fork is not.
+
+    A thread of its process group may still be letting go of the last exchange. Where it needs the interpreter for that while
+    the interpreter takes itself apart, the process aborts, although all its work is done. Threads are waited for, exit handlers
+    run, and what was printed is written, as ever.
+    """
+    threading._shutdown()  # type: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 # -- starting them from Python -------------------------------------------------------------------------------------------
 
 SECONDS = 10.0  # that processes have to end by themselves once another one failed
@@ -191,7 +207,8 @@ def _start_and_wait(told: tuple[Any, ...], processes: int, method: str) -> None:
 
     folder = Path(told[-1])
     try:
-        context: Any = start_processes(_rank, told, processes, join=False, start_method=method)
+        start = _rank if method == "fork" else _spawned
+        context: Any = start_processes(start, told, processes, join=False, start_method=method)
     except Exception as e:  # of many kinds, before any of them runs
         fix = "what a module defines, made of plain values"
         raise UserError("this cannot be sent to another process", found=str(e).split("\n")[0], fix=fix) from None
@@ -223,6 +240,11 @@ def _rank(rank: int, function: Callable[..., Any], args: tuple[Any, ...], size: 
         sys.exit(1)
     if rank == 0:
         (Path(folder) / "0").write_text(_json(answer))
+
+
+def _spawned(*told: Any) -> None:
+    _rank(*told)
+    end(0)
 
 
 def _json(answer: Any) -> str:

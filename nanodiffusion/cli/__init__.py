@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from nanodiffusion import __version__
 from nanodiffusion.errors import UserError
@@ -374,6 +374,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     share_the_cpu()
     return guarded(lambda: dispatch(args), args.command)
+
+
+def leave(code: int) -> NoReturn:
+    """End the program, also as one of several processes."""
+    if "RANK" in os.environ:
+        from nanodiffusion.distributed import end
+
+        end(code)
+    sys.exit(code)
 
 
 def guarded(act: Callable[[], int], command: str) -> int:

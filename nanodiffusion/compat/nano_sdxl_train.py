@@ -13,14 +13,13 @@ that is stopped goes on with its data, optimiser, averages and scaler where it w
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanodiffusion.cli import guarded, share_the_cpu
+from nanodiffusion.cli import guarded, leave, share_the_cpu
 from nanodiffusion.config import from_dict, read_config
 from nanodiffusion.errors import UserError, lookup, need
 
@@ -320,4 +319,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
