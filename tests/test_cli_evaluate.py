@@ -161,6 +161,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inception:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_published_weights_are_fetched_verified_converted_and_called_fid(published: Inception, place: Path):
     for i in range(2):
         np.savez(place / f"{i}.npz", arr_0=np.random.default_rng(i).integers(0, 256, (4, 8, 8, 1), np.uint8))

@@ -272,7 +272,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits_and_shows_pictures(pl
 
     def run(name: str, *ends: int) -> Path:
         for steps in ends:
-            more = {"lr": 1e-3, "validation": 0.4, "validate_every": 2, "log_every": 1, "sample_every": 2}
+            more = {"lr": 1e-3, "validation": 0.4, "validate_every": 1, "log_every": 1, "sample_every": 2}
             config = config_of("lora", data=data, steps=steps, out=str(tmp_path), name=name, **more)
             assert Runner(config, World(), say=lambda _: None).run() == "done"
         return tmp_path / name

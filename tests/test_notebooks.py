@@ -263,14 +263,14 @@ def _checks(node):
 # -- the four that need no checkpoint ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "toy" else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
 def test_a_notebook_runs_and_shows_its_pictures(name):
     notebook, _, _ = small(name)
     check_outputs(notebook, SHOWN[name])
 
 
+@pytest.mark.slow
 def test_the_ideal_denoiser_of_the_toy_is_bayes_rule_and_its_loss_splits_in_two():
     _, _, facts = small("toy")
     points, place, sigma = facts["data"], (0.3, -0.2), 0.25
@@ -282,6 +282,7 @@ def test_the_ideal_denoiser_of_the_toy_is_bayes_rule_and_its_loss_splits_in_two(
     assert facts["loss"] == pytest.approx([a + b for a, b in zip(facts["floor"], facts["excess"])], abs=0.3)
 
 
+@pytest.mark.slow
 def test_the_toy_samples_the_same_in_the_coordinates_of_three_families():
     _, _, facts = small("toy")
     sigma, flow, vp = (torch.tensor(facts[key]) for key in ("sigma", "flow", "vp"))
