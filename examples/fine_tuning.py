@@ -3,7 +3,7 @@
     garments -> an autoencoder -> a checkpoint as diffusers lays it out -> its U-Net from nothing (`text_to_image`): the base
     base -> controlnet, adapter, inpaint, inpaint_by_tokens, lora, textual_inversion, lcm, each by the recipe of its name
 
-    python examples/fine_tuning.py                    about 30 minutes of one core, into runs/fine-tuning; a quarter is the base
+    python examples/fine_tuning.py                    about 25 minutes of one core, into runs/fine-tuning; a third is the base
     python examples/fine_tuning.py lora inpaint       only these, and the base where it is not there yet
     python examples/fine_tuning.py --setting tiny     seconds, and nothing to look at: whether everything works
 
