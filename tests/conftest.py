@@ -6,12 +6,16 @@ import pytest
 import torch
 
 
+PRECISION = torch.get_float32_matmul_precision()
+
+
 @pytest.fixture(autouse=True)
 def _process_as_it_was() -> Iterator[None]:
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()
+    torch.set_float32_matmul_precision(PRECISION)  # what is made once for many tests may have run a command
     yield
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision(PRECISION)
 
 
 @pytest.fixture(scope="module")
