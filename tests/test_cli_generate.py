@@ -423,6 +423,7 @@ def test_settings_survive_the_way_into_a_picture_and_back():
 # ---- films and latents
 
 
+@pytest.mark.slow
 def test_a_film_has_a_frame_for_every_step(run, tmp_path):
     for kind in ("x", "x0", "eps"):
         words = f"steps=5 sampler=heun gif=OUT/{kind}.gif film={kind}"

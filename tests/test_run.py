@@ -62,6 +62,9 @@ def options(request, tmp_path) -> dict[str, Any]:
     return {**IMAGES, **BUSY, "data": images(tmp_path), "steps": 20}
 
 
+QUICKLY = pytest.mark.parametrize("options", ["points", pytest.param("images", marks=pytest.mark.slow)], indirect=True)
+
+
 # -- SIGKILL ---------------------------------------------------------------------------------------------------------
 
 
@@ -98,6 +101,7 @@ def test_a_run_stopped_anywhere_continues_bit_by_bit(tmp_path, options):
     assert differences(tmp_path / "whole/run", tmp_path / "cut/run") == []
 
 
+@QUICKLY
 def test_other_random_numbers_in_between_do_not_matter(tmp_path, options):
     """Dropout draws from the global generator, pictures and whoever looks on may use it too."""
     make_runner(tmp_path / "whole", options).run()
@@ -138,6 +142,7 @@ def test_rows_beyond_the_checkpoint_are_dropped_and_written_again(tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(2, 31, 2))
 
 
+@QUICKLY
 def test_a_damaged_newest_checkpoint_falls_back_and_the_result_is_the_same(tmp_path, options):
     options = {**options, "checkpoint_every": 4}
     make_runner(tmp_path / "whole", options).run()
