@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-
 PRECISION = torch.get_float32_matmul_precision()
 
 
