@@ -11,7 +11,6 @@ import json
 import platform
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +23,9 @@ from nanodiffusion.memory import GIB, Peak, training_peak
 from nanodiffusion.nets.sd_unet import SD15, SDXL, SDUNet
 from nanodiffusion.noise import ldm
 from nanodiffusion.pretrained.load import FAMILIES, Bundle
-from nanodiffusion.text import CLIP_BIGG, CLIP_L, CLIPText
+from nanodiffusion.text import CLIP_BIGG, CLIP_L, CLIPText, CLIPTokenizer
+from nanodiffusion.text.prompts import TextEncoder, TextPart
+from nanodiffusion.text.tokenizer import END, START
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("text_to_image", "inpaint", "controlnet", "adapter", "lora")
@@ -40,14 +41,15 @@ def config_of(task: str, precision: str, checkpointing: bool) -> Config:
 
 
 def bundle_of(family: str, dtype: torch.dtype, device: str) -> Bundle:
-    """A checkpoint of full size, its weights as they come, without tokenizers."""
+    """A checkpoint of full size, its weights as they come, its tokenizers without words."""
     unet, vae, texts = NETS[family]
     with torch.device(device):
-        parts = [SimpleNamespace(net=CLIPText(text).to(dtype)) for text in texts]
-        text: Any = SimpleNamespace(parts=parts, names=())
+        rows, tokenizer = FAMILIES[family].texts, CLIPTokenizer({START: 49406, END: 49407}, [])
+        clips = [CLIPText(text).to(dtype) for text in texts]
+        parts = [TextPart(tokenizer, clip, row.layer, row.norm, row.pooled) for clip, row in zip(clips, rows)]
         net, codec = SDUNet(unet).to(dtype), AutoencoderKL(vae).to(dtype)
-    bundle = Bundle(FAMILIES[family], Denoiser(net, "eps", "table", ldm()), codec, text, ldm(), {})
-    for part in (net, codec, *(p.net for p in parts)):
+    bundle = Bundle(FAMILIES[family], Denoiser(net, "eps", "table", ldm()), codec, TextEncoder(parts), ldm(), {})
+    for part in (net, codec, *clips):
         part.requires_grad_(False)
     return bundle
 

@@ -1,10 +1,12 @@
 """The benchmarks of the SD family run, and both sides compute the same: a typo must not wait for a lent GPU to be found."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench, latent, loader, sd
+from benchmarks import bench, latent, loader, sd, training_memory
 from nanodiffusion.nets import build_net, net_size
 
 
@@ -102,3 +104,8 @@ def test_every_loader_side_is_a_case(monkeypatch):
         case = build("cpu")
         case.run()
         assert case.units == loader.BATCH
+
+
+def test_counted_memory_of_a_lora_s_update_is_what_was_measured_of_a_real_one():
+    measured = json.loads((training_memory.RESULTS / "training-memory.json").read_text())["real"]["measured_gib"]
+    assert training_memory.expected("sd1", "lora", 256, "fp32", False) == pytest.approx(measured, rel=0.15)
