@@ -35,7 +35,7 @@ from nanodiffusion.tensors import (
     load_meta,
     load_tensors,
     make_folder,
-    sync_folder,
+    sync,
     write_errors,
     write_file,
 )
@@ -194,11 +194,11 @@ def _save_folder(root: Path, name: str, step: int, files: Files, state: dict[str
         with _agreed(world), write_errors(target):
             if world.first:
                 write_file(beside / MANIFEST, [_manifest(entries)])
-                sync_folder(beside)
+                sync(beside)
                 if target.exists():
                     os.replace(target, root / f".old-{name}")
                 os.replace(beside, target)
-                sync_folder(root)
+                sync(root)
     finally:
         if world.first:
             _tidy(root)

@@ -64,7 +64,7 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview], beside: Path) 
         try:
             entry = write_file(beside, chunks)
             os.replace(beside, path)
-            sync_folder(path.parent)
+            sync(path.parent)
         finally:
             with suppress(OSError):
                 beside.unlink(missing_ok=True)
@@ -198,11 +198,12 @@ def make_folder(folder: Path) -> None:
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+        sync(folder.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -211,6 +212,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
+    """A disk's refusal as a UserError that names `path`."""
     try:
         yield
     except OSError as e:

@@ -31,8 +31,8 @@ from nanodiffusion.pretrained.weights import (
     check_names,
     disk_errors,
     save,
-    sync,
 )
+from nanodiffusion.tensors import sync
 from nanodiffusion.text import CLIPText, CLIPTokenizer
 
 # -- a bundle ------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from nanodiffusion.errors import UserError, few
 from nanodiffusion.pretrained.layouts import Piece
-from nanodiffusion.tensors import load_meta
+from nanodiffusion.tensors import load_meta, sync
 
 Module = TypeVar("Module", bound=nn.Module)
 Rename = Callable[[Iterable[str]], Mapping[str, Piece]]  # names in the file -> the network's name -> where it is read
@@ -410,15 +410,6 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(tensor.data_ptr())
         out[name] = tensor.clone() if again else tensor
     return out
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
