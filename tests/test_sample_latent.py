@@ -150,15 +150,38 @@ def test_what_was_interrupted_goes_on_and_draws_each_batch_once(
     assert drawn == []
 
 
+def test_a_folder_takes_more_pictures_but_none_made_otherwise(
+    classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    each, words = tmp_path / "each", [f"out={tmp_path / 'each'}"]
+    sample(classes, "n=2", *words)
+    (each / "000000.png").unlink()  # any of them will do
+    sample(classes, "n=3", *words)
+    before = {file.name: file.read_bytes() for file in each.iterdir()}
+    assert sorted(before) == ["000000.png", "000001.png", "000002.png"]
+    for other, key in (("seed=7", "seed"), ("steps=1", "steps"), ("class=[1,0,2]", "class, label")):
+        assert main(["sample", str(classes), "n=5", *words, other]) == 2
+        said = capsys.readouterr().err
+        assert f"key {key}" in said and "another out=" in said
+    assert {file.name: file.read_bytes() for file in each.iterdir()} == before
+    (each / "000000.png").unlink()
+    Image.new("RGB", (8, 8)).save(each / "000000.png")
+    assert main(["sample", str(classes), "n=5", *words]) == 2
+    assert "carries no settings" in capsys.readouterr().err
+
+
 def test_pictures_of_another_codec_or_encoder_are_never_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     codec, npz = write_codec(tmp_path / "vae"), tmp_path / "x.npz"
     run = write_run(tmp_path / "run", pooled_dim=6, text="words:6", codec=str(codec))
-    sample(run, "text=a cat", f"npz={npz}")
+    places = [f"npz={npz}", f"out={tmp_path / 'each'}"]
+    for place in places:
+        sample(run, "text=a cat", place)
     weights = load_tensors(codec / "diffusion_pytorch_model.safetensors")[0]
     weights["decoder.conv_out.bias"] = weights["decoder.conv_out.bias"] + 1
     save_tensors(codec / "diffusion_pytorch_model.safetensors", weights, {})
-    assert main(["sample", str(run), "text=a cat", f"npz={npz}"]) == 2
-    assert "key codec_sha256" in capsys.readouterr().err
+    for place in places:
+        assert main(["sample", str(run), "text=a cat", place]) == 2
+        assert "key codec_sha256" in capsys.readouterr().err
 
 
 def test_sharpness_and_brightness_shift_the_last_latent(classes: Path, tmp_path: Path):

@@ -18,8 +18,9 @@ from nanodiffusion.cli.pictures import images
 from nanodiffusion.cli.sample.job import Job
 from nanodiffusion.distributed import World
 from nanodiffusion.errors import UserError
+from nanodiffusion.metadata import read_settings
 from nanodiffusion.resume import check_same, parse_settings
-from nanodiffusion.tensors import content_hash, load_meta, save_tensors
+from nanodiffusion.tensors import load_meta, save_tensors
 
 
 class Sink(Protocol):
@@ -44,7 +45,9 @@ def write(job: Job, options: Mapping[str, Any], w: World) -> Iterator[str]:
     """Write what out=, npz= and latents= ask for, each batch drawn once for all of them; yields a line about each."""
     sinks: dict[str, Sink] = {}
     if "out" in options:
-        sinks["out"] = Folder(job, Path(options["out"]))
+        folder = Folder(job, Path(options["out"]))
+        folder.open(w)
+        sinks["out"] = folder
     for key in ("npz", "latents"):
         if key in options:
             array = Array(job, Path(options[key]), key)
@@ -76,12 +79,24 @@ def spans(n: int, batch: int, w: World) -> Iterator[tuple[int, int]]:
 
 
 class Folder:
-    """Every picture as a PNG; each carries its own seed, class and text. Files that are there are kept."""
+    """Every picture as a PNG; each carries its own seed, class and text. Files that are there are kept.
+
+    n= may be another than before. UserError where the first picture there was made with other settings or weights.
+    """
 
     shown = True
 
     def __init__(self, job: Job, folder: Path) -> None:
         self.job, self.folder = job, folder
+        self.settings = job.settings | job.hashes
+
+    def open(self, w: World) -> None:
+        """Look at what is there, in the first process."""
+        there = next((i for i in range(self.job.n) if self._path(i).exists()), None) if w.first else None
+        if there is not None:
+            old, new = read_settings(self._path(there)), self.settings | self._own(there)
+            what, fix = "pictures with other settings are there", f"another out=, or delete {self.folder}"
+            check_same(old | {"n": self.job.n}, new, what, self._path(there), fix)
 
     def has(self, start: int, stop: int) -> bool:
         """Whether the files of samples start..stop-1 are there."""
@@ -90,7 +105,7 @@ class Folder:
     def add(self, start: int, stop: int, x: Tensor) -> None:
         """Pictures (b c h w) in [-1, 1]."""
         for i, image in enumerate(x, start):
-            text = json.dumps(self.job.settings | self._own(i))
+            text = json.dumps(self.settings | self._own(i))
             show.save_png(show.grid(image[None], scale=1), self._path(i), {"nanodiffusion": text})
 
     def finish(self) -> None:
@@ -118,9 +133,8 @@ class Array:
         self.shown = key == "npz"
         self.name = "x" if len(job.run.shape) == 1 or not self.shown else "arr_0"
         self.parts = path.with_name(f"{path.name}.parts")
-        made = {"batch": job.batch, "weights_sha256": content_hash(job.run.denoiser.net.state_dict())}
-        made |= {"codec_sha256": content_hash(job.run.codec.state_dict())} if self.shown and job.latent else {}
-        self.settings = job.settings | made
+        made = {k: v for k, v in job.hashes.items() if self.shown or k != "codec_sha256"}
+        self.settings = job.settings | {"batch": job.batch} | made
         self.text = json.dumps(self.settings, sort_keys=True)
 
     def there(self) -> bool:

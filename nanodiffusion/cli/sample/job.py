@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from nanodiffusion.fast import adapt
 from nanodiffusion.outpaint import SIDES, panorama
 from nanodiffusion.run import Run, load_run
 from nanodiffusion.sampler import ImageNoise, State
+from nanodiffusion.tensors import content_hash
 
 NOISES = ("seed", "slerp")  # of frames: one seed's for all, or on the way from seed to seed
 ROWS = 20  # of a picture of trajectories, at most
@@ -63,6 +65,12 @@ class Job:
     def latent(self) -> bool:
         """Whether a codec makes pictures of the samples."""
         return bool(self.run.config.codec)
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """What tells the weights that draw, and those that decode."""
+        codec = {"codec_sha256": content_hash(self.run.codec.state_dict())} if self.latent else {}
+        return {"weights_sha256": content_hash(self.run.denoiser.net.state_dict())} | codec
 
     def pick(self, index: Sequence[int] | slice) -> "Job":
         """The same for some of the samples."""
