@@ -230,6 +230,24 @@ def test_own_recipes_define_a_component_inside_one_wholly(tmp_path: Path):
     assert (config.data["control"], config.data["workers"], config.data["size"]) == ({"name": "paired"}, 1, 512)
 
 
+def test_a_recipe_in_the_middle_defines_a_component_wholly_too(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text("defaults: [fashion-mnist-dit, _self_]\nnet: {depth: 2}\n")
+    assert one(str(tmp_path / "mine.yaml")).net == {"name": "dit", "patch": 2, "dim": 192, "depth": 2, "heads": 6}
+
+
+def test_options_alone_belong_to_the_component_that_is_named_below(tmp_path: Path):
+    (tmp_path / "base.yaml").write_text("defaults: [debug, _self_]\noptimizer: SGD\n")
+    (tmp_path / "mine.yaml").write_text("defaults: [base, _self_]\noptimizer: {momentum: 0.9}\n")
+    assert one(str(tmp_path / "mine.yaml")).optimizer == {"name": "SGD", "momentum": 0.9}
+
+
+def test_a_file_of_a_group_fills_its_key(tmp_path: Path):
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net/small.yaml").write_text("name: mlp\nhidden: [4]\n")
+    (tmp_path / "mine.yaml").write_text("defaults: [debug, net: small, _self_]\n")
+    assert one(str(tmp_path / "mine.yaml")).net == {"name": "mlp", "hidden": [4]}
+
+
 @pytest.mark.parametrize("word", ["task.name=lora", "task=lora", "task={name: lora}"])
 def test_another_task_keeps_what_both_take(tuned: str, word: str):
     assert one(tuned, word).task == {"name": "lora", "base": "b", "checkpointing": True, "rank": 8}

@@ -110,17 +110,39 @@ def load_recipe(file: Path, groups: Sequence[str] = ()) -> Any:
 
     groups: overrides that choose files, net=big for net/big.yaml beside the recipe.
     """
-    hydra, OmegaConf = need("hydra", "train"), need("omegaconf", "train").OmegaConf
+    OmegaConf = need("omegaconf", "train").OmegaConf
     with _reading(file):
-        raw = _opened(file)
-        if "hydra" in raw:
-            raise UserError("a recipe cannot set Hydra's own options", file=file, key="hydra", fix="remove it")
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(file.parent)):
-            config = hydra.compose(file.stem, overrides=[f"hydra.searchpath=['file://{CONFIGS}']", *groups])
-        OmegaConf.set_struct(config, False)
-        for key, _ in _named(OmegaConf.to_container(raw, resolve=False)):
-            OmegaConf.update(config, key, OmegaConf.select(raw, key), merge=False)
-    return config
+        config: Recipe = {}
+        _opened(file)  # no mapping, or a reference to elsewhere: said here in our words
+        for part, package in _parts(file, groups):
+            raw = OmegaConf.to_container(_opened(part), resolve=False)
+            if "hydra" in raw:
+                raise UserError("a recipe cannot set Hydra's own options", file=part, key="hydra", fix="remove it")
+            raw.pop("defaults", None)
+            config = _merged(config, reduce(lambda inner, key: {key: inner}, reversed(package), raw))
+        return OmegaConf.create(config)
+
+
+def _parts(file: Path, groups: Sequence[str]) -> list[tuple[Path, list[str]]]:
+    """The files that make up a recipe, a later one stronger, each with the key it fills, as Hydra's defaults list has them."""
+    hydra, types = need("hydra", "train"), need("hydra.types", "train")
+    singleton = need("hydra.core.global_hydra", "train").GlobalHydra
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(file.parent)):
+        words = [f"hydra.searchpath=['file://{CONFIGS}']", *groups]
+        found = singleton.instance().config_loader().compute_defaults_list(file.stem, words, types.RunMode.RUN)
+    own = [d for d in found.defaults if d.package.split(".")[0] != "hydra"]
+    places = [[home / f"{d.config_path}.yaml" for home in (file.parent, CONFIGS)] for d in own]
+    return [(next(filter(Path.is_file, at)), d.package.split(".") if d.package else []) for at, d in zip(places, own)]
+
+
+def _merged(old: Any, new: Recipe, key: str = "") -> Recipe:
+    """Recipe `new` over `old`, mapping by mapping; one that names its component leaves nothing of the old one."""
+    if isinstance(old, str) and key in component_keys():
+        old = {"name": old}
+    if not isinstance(old, Mapping) or (key and "name" in new):
+        return new
+    below = lambda k, v: _merged(old.get(k), v, f"{key}.{k}".lstrip(".")) if isinstance(v, Mapping) else v
+    return {**old, **{k: below(k, v) for k, v in new.items()}}
 
 
 def _named(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
