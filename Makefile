@@ -27,7 +27,7 @@ help:  ## this list
 	@$(PIP) --no-deps smalldiffusion clip-anytorch
 	@touch $@
 
-demo: .venv/base  ## train on real images, make pictures, write runs/demo (about 3 minutes of training)
+demo: .venv/base  ## train on real images, make pictures, write runs/demo (two minutes of training)
 	@$(BIN)/nanodiffusion demo
 
 test: .venv/dev  ## the default test suite: offline, CPU
@@ -42,7 +42,7 @@ check: .venv/dev  ## format, lint, types, tests
 slow: .venv/dev  ## the tests that take minutes
 	@$(PYTEST) -m slow
 
-bench: .venv/dev  ## speed and memory against peers, both sides in one run
+bench: .venv/dev  ## speed and memory against peers, both sides in one run; not SD and tld-36
 	@$(BIN)/python -m benchmarks.bench
 
 bench-gpu: .venv/dev  ## the same on a GPU

@@ -1,6 +1,6 @@
 """Are the digits of a run digits? A classifier of real ones must recognise them, and they must not be copies.
 
-    python -m benchmarks.digits runs/demo [--n 1000] [--guidance 1.5]
+    python -m benchmarks.digits runs/demo [--n 1000]
 
 The classifier is scikit-learn's SVC on the real training digits (its accuracy on held-out real ones is printed).
 Copying shows in the distance to the nearest training digit: it is compared with the same distance of real held-out

@@ -1,12 +1,13 @@
 """Latent transformers at equal CPU time: the modern preset, the two seed-style ones, and smalldiffusion's DiT.
 
-    python -m benchmarks.latent_quality                       every side for 8 CPU minutes, two at a time, a thread each
-    python -m benchmarks.latent_quality modern --minutes 2    one side (modern, pixart, tld, smalldiffusion)
+    python -m benchmarks.latent_quality                       every side for 6 CPU minutes, two at a time, a thread each
+    python -m benchmarks.latent_quality modern --minutes 2    one side (of modern, pixart, tld, smalldiffusion)
 
 All learn Fashion-MNIST by class from the same 4 x 8 x 8 latents of one autoencoder (recipe `autoencoder`, made on the first
 call in runs/latent-quality), with 3 to 5 million parameters, batches of 128 and lr 1e-3, and draw 2,000 pictures without
 guidance. The text model reads the classes' names. The distance is Fréchet's on the features of benchmarks/frechet.py to the
-10,000 test images; `codec` is that of the test images through the autoencoder, below which no side can come.
+10,000 test images; `codec` is that of the test images through the autoencoder, below which no side can come. A run of
+another length has that in the name of its result.
 """
 
 import argparse
@@ -22,7 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-RESULTS, HOME = Path(__file__).parent / "results", Path("runs/latent-quality")
+from benchmarks.quality import named
+
+RESULTS, MINUTES, HOME = Path(__file__).parent / "results", 6.0, Path("runs/latent-quality")
 CODEC, LATENTS = HOME / "autoencoder/codec", HOME / "latents"
 SAMPLES, BATCH = 2000, 128
 SAME = f"data.path={LATENTS} out={HOME} validation=0 validate_every=0 batch_size={BATCH} lr=1e-3 lr_schedule.warmup=100"
@@ -151,7 +154,7 @@ def measure(side: str, minutes: float) -> dict:
     net, digest = load_classifier()
     data = fashion_mnist(split="test")
     real = statistics(net, data.batch(torch.arange(len(data)))[0])
-    save_png(grid(images[:100], 10), RESULTS / f"latent-quality-{side}.png")
+    save_png(grid(images[:100], 10), RESULTS / f"latent-quality-{named(side, minutes, MINUTES)}.png")
     return {
         "side": side,
         "distance": round(frechet(statistics(net, images), real), 3),
@@ -172,12 +175,13 @@ def measure(side: str, minutes: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("side", nargs="?", choices=SIDES)
-    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--minutes", type=float, default=MINUTES)
     args = parser.parse_args()
     prepare()
     if args.side:
         result = measure(args.side, args.minutes)
-        (RESULTS / f"latent-quality-{args.side}.json").write_text(json.dumps(result, indent=1) + "\n")
+        name = named(args.side, args.minutes, MINUTES)
+        (RESULTS / f"latent-quality-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result, indent=1))
         return
     command, one_core = [sys.executable, "-m", "benchmarks.latent_quality"], {**os.environ, "OMP_NUM_THREADS": "1"}

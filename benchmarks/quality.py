@@ -3,6 +3,8 @@
     python -m benchmarks.quality                     both sides for 15 CPU minutes each, side by side, a thread each
     python -m benchmarks.quality ours --minutes 5    one side (ours, ours-unconditional, peer, peer-1024)
 
+A run of another length, or of a changed recipe, has that in the name of its result, and replaces no other.
+
 The distance is Fréchet's on the features of benchmarks/frechet.py, 2,000 samples against the 10,000 test images.
 The peer's example trains with batches of 1,024, some 40 updates in this time: `peer-1024` is that; `peer` gives it
 batches of 64 and reports the better of its averaged and its raw weights.
@@ -15,13 +17,20 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS, MINUTES = Path(__file__).parent / "results", 15.0
 SIDES = ("ours", "ours-unconditional", "peer", "peer-1024")
+
+
+def named(side: str, minutes: float, usual: float, overrides: Sequence[str] = ()) -> str:
+    """A result's name: the side, and what is unlike the usual run of it."""
+    length = [] if minutes == usual else [f"{minutes:g}min"]
+    return "-".join([side, *length, *(word.replace("/", "_") for word in overrides)])
 
 
 def train_ours(minutes: float, unconditional: bool, overrides: list[str]) -> tuple[dict[str, Tensor], int]:
@@ -40,7 +49,10 @@ def train_ours(minutes: float, unconditional: bool, overrides: list[str]) -> tup
         for _ in runner.trainer:
             if time.process_time() > end:
                 break
-        return {"ema": torch.cat([runner.pictures(250, first=k) for k in range(0, 2000, 250)])}, runner.trainer.step
+        model, like = runner.trainer.denoiser, (config, runner.data.shape, runner.fixed)
+        with runner.trainer.emas[0].swap(model.net):
+            parts = [runner.task.pictures(model, *like, range(k, k + 250)) for k in range(0, 2000, 250)]
+        return {"ema": torch.cat(parts)}, runner.trainer.step
 
 
 def train_peer(minutes: float, batch: int) -> tuple[dict[str, Tensor], int]:
@@ -91,7 +103,8 @@ def measure(side: str, minutes: float, overrides: list[str]) -> dict:
     net, digest = load_classifier()
     data = fashion_mnist(split="test")
     real = statistics(net, data.batch(torch.arange(len(data)))[0])
-    save_png(grid(samples["ema"][:100], 10), RESULTS / f"quality-{side}.png")
+    name = named(side, minutes, MINUTES, overrides)
+    save_png(grid(samples["ema"][:100], 10), RESULTS / f"quality-{name}.png")
     return {
         "side": side,
         "distance": {name: round(frechet(statistics(net, x), real), 3) for name, x in samples.items()},
@@ -111,12 +124,13 @@ def measure(side: str, minutes: float, overrides: list[str]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("side", nargs="?", choices=SIDES)
-    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("overrides", nargs="*", help="of our recipe, key=value")
     args = parser.parse_args()
     if args.side:
         result = measure(args.side, args.minutes, args.overrides)
-        (RESULTS / f"quality-{args.side}.json").write_text(json.dumps(result, indent=1) + "\n")
+        name = named(args.side, args.minutes, MINUTES, args.overrides)
+        (RESULTS / f"quality-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result, indent=1))
         return
     command = [sys.executable, "-m", "benchmarks.quality"]

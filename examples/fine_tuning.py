@@ -44,6 +44,7 @@ from nanodiffusion.lora import add_lora, read_lora
 from nanodiffusion.nets.sd_unet import SDUNet, SDUNetConfig
 from nanodiffusion.noise import LADDERS, ldm
 from nanodiffusion.pretrained import FAMILIES, Bundle, load_adapter, load_tokens, replace_part
+from nanodiffusion.resume import check_same, parse_settings
 from nanodiffusion.tasks import AdapterInput, Control, generate
 from nanodiffusion.tensors import save_tensors
 from nanodiffusion.text import CLIPText, CLIPTokenizer, TextConfig
@@ -132,6 +133,19 @@ def call(*words: str) -> None:
     print("\n$", shlex.join(["nanodiffusion", *words]), flush=True)
     if code := nanodiffusion(words):
         raise SystemExit(code)
+
+
+def place(out: Path | None, setting: str) -> Path:
+    """The folder to work in, by default one of the setting's own. UserError: there is work of another setting in it."""
+    home, now = out or Path("runs/fine-tuning" + f"-{setting}" * (setting != "small")), {"setting": setting}
+    kept, fix = home / "setting.json", "another --out, or remove this folder"
+    if not kept.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(now) + "\n")
+    check_same(
+        parse_settings(kept.read_text(), now, kept, fix), now, "this folder holds work of another setting", home, fix
+    )
+    return home
 
 
 # -- the pictures --------------------------------------------------------------------------------------------------------
@@ -509,12 +523,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)}; all of them where none is named")
     parser.add_argument("--setting", choices=SETTINGS, default="small")
-    parser.add_argument("--out", type=Path, default=Path("runs/fine-tuning"))
+    parser.add_argument("--out", type=Path, help="runs/fine-tuning, or of another setting runs/fine-tuning-SETTING")
     args = parser.parse_args()
     if odd := [task for task in args.tasks if task not in TASKS]:
         parser.error(str(UserError("no such task", found=odd[0], expected=", ".join(TASKS))))
-    home, setting = args.out, SETTINGS[args.setting]
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home, setting = place(args.out, args.setting), SETTINGS[args.setting]
+    except UserError as e:
+        parser.error(str(e))
     prepare(home, setting)
     lab = laboratory(home, make_base(home, setting), setting)
     for task in args.tasks or TASKS:

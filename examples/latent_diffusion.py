@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanodiffusion.cli import main as nanodiffusion
+from nanodiffusion.errors import UserError
+from nanodiffusion.resume import check_same, parse_settings
 
 SETS = {"fashion-mnist": "a photo of a {}", "digits": "a handwritten {}"}  # caption of a class
 PROMPTS = ["a photo of a sneaker", "a photo of a coat", "a photo of a bag", "a handwritten 3", "a handwritten 8"]
@@ -75,6 +77,19 @@ def call(*words: str) -> None:
         raise SystemExit(code)
 
 
+def place(out: Path | None, setting: str) -> Path:
+    """The folder to work in, by default one of the setting's own. UserError: there is work of another setting in it."""
+    home, now = out or Path("runs/latent" + f"-{setting}" * (setting != "small")), {"setting": setting}
+    kept, fix = home / "setting.json", "another --out, or remove this folder"
+    if not kept.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(now) + "\n")
+    check_same(
+        parse_settings(kept.read_text(), now, kept, fix), now, "this folder holds work of another setting", home, fix
+    )
+    return home
+
+
 def captioned(home: Path, split: str, garments: int) -> Path:
     """A folder of both sets: CLASS/number.png, each with its caption in a .txt beside it."""
     together = home / f"pictures-{split}"
@@ -97,10 +112,12 @@ def captioned(home: Path, split: str, garments: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=SETTINGS, default="small")
-    parser.add_argument("--out", type=Path, default=Path("runs/latent"))
+    parser.add_argument("--out", type=Path, help="runs/latent, or of another setting runs/latent-SETTING")
     args = parser.parse_args()
-    setting, home, started = SETTINGS[args.setting], args.out, time.perf_counter()
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home, setting, started = place(args.out, args.setting), SETTINGS[args.setting], time.perf_counter()
+    except UserError as e:
+        parser.error(str(e))
     runs, latents = home / "runs", home / "latents"
 
     pictures, unseen = (

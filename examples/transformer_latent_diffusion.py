@@ -135,6 +135,16 @@ def tiny(vae: str) -> None:
     by_hand("a red square", n_iter=5)
 
 
+COMMANDS: dict[str, tuple[Any, ...]] = {  # what each does, and is told
+    "arrays": (arrays,),
+    "train": (train,),
+    "draw": (draw, "PROMPT"),
+    "tiny": (tiny, "VAE"),
+}
+
 if __name__ == "__main__":
-    what, *rest = sys.argv[1:] or ["train"]
-    {"arrays": arrays, "train": train, "draw": draw, "tiny": tiny}[what](*rest)
+    what, *told = sys.argv[1:] or [""]
+    if what not in COMMANDS or len(told) != len(COMMANDS[what]) - 1:
+        usages = (" ".join([name, *row[1:]]) for name, row in COMMANDS.items())
+        sys.exit(f"usage: python {sys.argv[0]} {' | '.join(usages)}")
+    COMMANDS[what][0](*told)

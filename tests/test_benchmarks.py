@@ -1,12 +1,14 @@
 """The benchmarks of the SD family run, and both sides compute the same: a typo must not wait for a lent GPU to be found."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench, latent, loader, sd, training_memory
+from benchmarks import bench, latent, latent_quality, loader, quality, sd, training_memory
 from nanodiffusion.nets import build_net, net_size
 
 
@@ -109,3 +111,52 @@ def test_every_loader_side_is_a_case(monkeypatch):
 def test_counted_memory_of_a_lora_s_update_is_what_was_measured_of_a_real_one():
     measured = json.loads((training_memory.RESULTS / "training-memory.json").read_text())["real"]["measured_gib"]
     assert training_memory.expected("sd1", "lora", 256, "fp32", False) == pytest.approx(measured, rel=0.15)
+
+
+# -- quality -----------------------------------------------------------------------------------------------------------
+
+SCRIPTS = [pytest.param(quality, "ours", id="quality"), pytest.param(latent_quality, "modern", id="latent_quality")]
+
+
+@pytest.mark.parametrize(("script", "side"), SCRIPTS)
+def test_a_run_of_another_length_leaves_the_usual_result_alone(script, side, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    monkeypatch.setattr(script, "measure", lambda side, minutes, *_: {"minutes": minutes})
+    monkeypatch.setattr(latent_quality, "prepare", lambda: None)
+    kind, usual = script.__name__.split(".")[1].replace("_", "-"), f"{script.MINUTES:g}"
+    for minutes in (usual, "0.5"):
+        monkeypatch.setattr("sys.argv", [kind, side, "--minutes", minutes])
+        script.main()
+    found = {file.name: json.loads(file.read_text())["minutes"] for file in tmp_path.iterdir()}
+    assert found == {f"{kind}-{side}.json": script.MINUTES, f"{kind}-{side}-0.5min.json": 0.5}
+
+
+def test_a_run_of_a_changed_recipe_leaves_the_usual_result_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "RESULTS", tmp_path)
+    monkeypatch.setattr(quality, "measure", lambda *_: {})
+    monkeypatch.setattr("sys.argv", ["quality", "ours", "lr=1e-4", "data.path=a/b"])
+    quality.main()
+    assert [file.name for file in tmp_path.iterdir()] == ["quality-ours-lr=1e-4-data.path=a_b.json"]
+
+
+def test_our_side_of_quality_trains_and_draws_two_thousand_seeds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = "net={name: unet, channels: 8, multipliers: [1], blocks: 1, attention: []}"
+    small = ["data=digits", net, "batch_size=4", "sample.steps=2", "precision=fp32"]
+    samples, steps = quality.train_ours(0, False, small)
+    assert steps == 1 and samples["ema"].shape == (2000, 1, 8, 8) and bool(samples["ema"].isfinite().all())
+    assert len(samples["ema"].flatten(1).unique(dim=0)) == 2000
+
+
+@pytest.mark.parametrize("file", sorted(quality.RESULTS.glob("*quality-*.json")), ids=lambda file: file.stem)
+def test_a_result_lies_where_its_command_puts_it(file):
+    result, script = json.loads(file.read_text()), latent_quality if file.name.startswith("latent") else quality
+    kind = result["command"].split()[2].split(".")[1].replace("_", "-")
+    assert file.stem == f"{kind}-{quality.named(result['side'], result['minutes'], script.MINUTES)}"
+
+
+@pytest.mark.parametrize("file", sorted(Path(bench.__file__).parent.glob("*.py")), ids=lambda file: file.stem)
+def test_every_option_that_a_script_s_text_names_is_one(file):
+    code = file.read_text()
+    said = re.findall(r"(--[a-z][\w-]*)", code.split('"""')[1])
+    assert [option for option in said if f'add_argument("{option}"' not in code] == []

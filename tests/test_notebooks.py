@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from PIL import Image, ImageSequence
 from torch.testing import assert_close
+
+from nanodiffusion.noise import SCHEDULES
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -182,6 +185,29 @@ def test_a_notebook_is_committed_without_outputs_and_is_sound(path):
 def test_a_notebook_speaks_the_vocabulary_of_the_library(path):
     text = path.read_text()
     assert not re.findall(r"hidden_states|noise_pred|model_output|latent_model_input|prev_sample", text)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_names_modules_that_are_there(path):
+    said = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+    named = re.findall(r"`((?:\w+/)+|(?:\w+/)*\w+\.py)`", said)
+    assert [name for name in named if name != "runs/" and not (ROOT / "nanodiffusion" / name).exists()] == []
+
+
+def test_the_notebook_of_schedules_plots_and_counts_all_of_the_library():
+    cells = [cell.source for cell in source("noise_schedules.ipynb").cells]
+    (groups,) = (
+        re.search(r"^groups = (\{.*?^\})", cell, re.DOTALL | re.MULTILINE) for cell in cells if "groups = {" in cell
+    )
+    assert groups
+    plotted = [name for names in ast.literal_eval(groups[1]).values() for name in names]
+    assert sorted(plotted) == sorted(SCHEDULES.keys() - {"sigmas"})
+    assert re.findall(r"(\w+) schedules[,.] ", "\n".join(cells)) == ["Ten", "ten"] and len(plotted) == 10
+    (end,) = (re.search(r"- (.*) end in \(nearly\) pure noise", cell) for cell in cells if "end in (nearly)" in cell)
+    assert end
+    last = {name: float(SCHEDULES[name]().sigmas[-1]) for name in plotted}
+    said = [name for name in plotted if any(fnmatch(name, like) for like in re.findall("`(.*?)`", end[1]))]
+    assert said == [name for name in plotted if last[name] > 1000]
 
 
 def test_the_checkpoint_is_named_in_one_cell():

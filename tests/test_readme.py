@@ -1,5 +1,6 @@
 """What the README and the other texts say is so: examples run, commands compose, every module and picture is there."""
 
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import sd_files
 
-from nanodiffusion.cli import parse
+from nanodiffusion.cli import COMMANDS, parse
 from nanodiffusion.cli.train import plan
 from nanodiffusion.config import make
 from nanodiffusion.data import DATASETS
@@ -37,7 +38,10 @@ def test_the_stable_diffusion_example_runs(tmp_path, monkeypatch):
     assert (tmp_path / "castle.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nanodiffusion").rglob("*.py")), ids=lambda p: p.stem)
+MODULES = sorted(path for folder in ("nanodiffusion", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 def test_the_tree_names_every_module(path):
     tree = README.split("## Where things are")[1].split("## Results")[0]
     assert path.stem.startswith("__") or re.search(rf"\b{path.stem}\b", tree)
@@ -46,6 +50,67 @@ def test_the_tree_names_every_module(path):
 def test_every_picture_is_there():
     for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
         assert (ROOT / target).is_file(), target
+
+
+def test_the_help_of_train_names_every_recipe_and_where_all_keys_are():
+    words = COMMANDS["train"].details.split()
+    assert {path.stem for path in (ROOT / "nanodiffusion/configs").glob("*.yaml")} <= {*words}
+    assert "(nanodiffusion/configs/full.yaml)" in words and "trackers=[tensorboard]" in words
+    assert max(map(len, COMMANDS["train"].details.splitlines())) <= 130
+
+
+def test_the_demo_is_as_long_as_its_recipe_everywhere():
+    assert "time_limit: 120" in (ROOT / "nanodiffusion/configs/digits.yaml").read_text()
+    makefile = re.findall("^demo:.*", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for text in (*re.findall("make demo .*", README), *makefile, COMMANDS["demo"].summary):
+        assert re.findall(r"(\w+) minutes", text) == ["two"]
+
+
+# -- the results -------------------------------------------------------------------------------------------------------
+
+RESULTS = ROOT / "benchmarks/results"
+PLAIN_PEERS = {"pixart": "plain", "tld": "plain", "tld-36": "plain", "loader": "webdataset"}
+RATIOS = {  # how a row begins: of each ratio in it the file, our side, and the peer's where that is not the usual one
+    "Swiss roll, training": [(f"swissroll{n}", side) for side in ("ours", "ours compat") for n in ("", "-2048")],
+    "Swiss roll, 2,000": [("swissroll-sample", "ours")],
+    "U-Net": [("unet", "ours fp32"), ("unet", "ours bf16")],
+    "DiT": [("dit", "ours fp32"), ("dit", "ours bf16")],
+    "SD 1.5 step": [("sd-unet-fp32", "ours"), ("sd-unet-fp32", "ours", "diffusers best")],
+    "The same in bf16": [("sd-unet-bf16", "ours"), ("sd-unet-bf16", "ours", "diffusers best")],
+    "SD's autoencoder": [
+        (f"sd-decode256-{p}", "ours", peer) for p in ("fp32", "bf16") for peer in ("diffusers", "diffusers best")
+    ],
+    "Load a full SDXL": [("sd-load-sdxl-bf16", "ours")],
+    "SD 1.5 U-Net": [("sd-load-sd15-fp32", "ours")],
+    "PixArt": [(name, f"ours {p}") for name in ("pixart", "tld") for p in ("fp32", "bf16")],
+    "TLD, 101 M: 36": [("tld-36", "ours fp32"), ("tld-36", "ours bf16")],
+    "Stored latents": [("loader", "ours, resident")],
+}
+
+
+def row(begins: str) -> str:
+    (found,) = re.findall(rf"^\| {re.escape(begins)}.*", README, re.MULTILINE)
+    return found
+
+
+@pytest.mark.parametrize("begins", RATIOS)
+def test_the_ratios_are_the_files_and_of_cpu_time_with_a_mark_where_those_are_noisy(begins):
+    shown = re.findall(r"(~?)(\d+\.?(\d*))x(?! by the clock)", row(begins))
+    assert len(shown) == len(RATIOS[begins])
+    for (mark, figure, decimals), (name, ours, *peer) in zip(shown, RATIOS[begins], strict=True):
+        result = json.loads((RESULTS / f"cpu-{name}.json").read_text())
+        usual = PLAIN_PEERS.get(name, "diffusers" if name.startswith("sd-") else "smalldiffusion")
+        key = "cpu_seconds" if result["noisy"] else "seconds"
+        ratio = result["sides"][peer[0] if peer else usual][key] / result["sides"][ours][key]
+        assert (mark == "~") == result["noisy"]
+        assert float(figure) == pytest.approx(ratio, rel=0, abs=0.5001 * 10 ** -len(decimals))
+
+
+@pytest.mark.parametrize(("begins", "precision"), [("SD 1.5 step", "fp32"), ("The same in bf16", "bf16")])
+def test_the_error_of_a_step_is_that_of_the_u_net(begins, precision):
+    errors = json.loads((RESULTS / "cpu-sd-accuracy.json").read_text())["unet"]["errors"]
+    sides = [f"{side} {precision}" for side in ("ours", "diffusers", "diffusers best")]
+    assert re.findall(r"\d\.\de-\d", row(begins)) == [f"{errors[side]:.1e}".replace("e-0", "e-") for side in sides]
 
 
 # -- the trainings that are shown --------------------------------------------------------------------------------------
