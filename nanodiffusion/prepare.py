@@ -21,6 +21,8 @@ from PIL import Image, ImageOps
 
 from nanodiffusion.data import load_data
 from nanodiffusion.data.captions import Captioned, check_template, class_names, picture_bytes, read_captioned
+from nanodiffusion.data.census import json_beside, reasons
+from nanodiffusion.data.judge import ORIGINAL, original
 from nanodiffusion.data.shards import (
     Fault,
     Sample,
@@ -36,6 +38,7 @@ from nanodiffusion.show import atomic
 SETS = ("fashion-mnist", "mnist", "cifar10", "digits")
 RESIZES = ("center_crop", "keep_ratio")
 ENCODINGS = {"png": ("PNG", {}), "jpg": ("JPEG", {"quality": 95}), "webp": ("WEBP", {"quality": 95, "method": 4})}
+ALIASES = {"jpeg": "jpg"}  # of endings
 PLAN = "prepare.plan"  # no .json: img2dataset takes every .json of a folder for a shard's
 PART = re.compile(r"\..+\.[0-9a-f]{8}")  # as show.atomic names what is not whole yet
 BINS = (64, 128, 256, 512, 1024, 2048)
@@ -48,6 +51,7 @@ class Picture(NamedTuple):
     size: tuple[int, int]  # width, height
     caption: str
     label: int | None
+    resized: bool = False  # by us or by somebody before; then the json says from what
 
 
 class Source(NamedTuple):
@@ -85,8 +89,10 @@ def folder_source(path: str | Path, template: str, form: Form) -> Source:
 def _read_file(rows: Sequence[Captioned], names: Sequence[str], classes: Sequence[str], form: Form, i: int) -> Picture:
     row = rows[i]
     raw = picture_bytes(row.file)
+    image = decode_image(raw)
+    before = original(json_beside(row.file), image.height, image.width)
     meta = {"file": names[i]} | ({} if row.label is None else {"class": classes[row.label]})
-    return _picture(decode_image(raw), raw, row.file.suffix.lower()[1:], form, row.caption, row.label, meta)
+    return _picture(image, raw, row.file.suffix.lower()[1:], form, row.caption, row.label, meta, before)
 
 
 def set_source(name: str, split: str, template: str, n: int, form: Form) -> Source:
@@ -102,24 +108,37 @@ def set_source(name: str, split: str, template: str, n: int, form: Form) -> Sour
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         said = data.classes[labels[i]]
         meta = {"file": names[i], "class": said}
-        return _picture(image, b"", "", form, template.format(said), labels[i], meta)
+        before = image.height, image.width
+        return _picture(image, b"", "", form, template.format(said), labels[i], meta, before)
 
     identity = _digest([name, split, template, hashlib.sha256(data.x[:count].numpy().tobytes()).hexdigest(), labels])
     return Source(names, read, data.classes, identity)
 
 
 def _picture(
-    image: Image.Image, raw: bytes, ending: str, form: Form, caption: str, label: int | None, meta: Mapping[str, Any]
+    image: Image.Image,
+    raw: bytes,
+    ending: str,
+    form: Form,
+    caption: str,
+    label: int | None,
+    meta: Mapping[str, Any],
+    before: tuple[int, int],
 ) -> Picture:
-    """A sample's members: the bytes as they came, unless another size or encoding is asked for."""
+    """A sample's members: the bytes as they came, unless another size or encoding is asked for.
+
+    before: (height, width) of the picture before anybody resized it; in the json where it is not the size now.
+    """
     fitted = _fitted(image, form)
-    same = raw and fitted.size == image.size and form.encode in ("", ending) and fitted is image
-    encode = ending if same else form.encode or "png"
+    same = raw and fitted is image and form.encode in ("", ALIASES.get(ending, ending))
+    encode = form.encode or (ending if same else "png")
     parts = {encode: raw if same else _encoded(fitted, encode), "txt": caption.encode()}
-    parts["json"] = json_bytes({"caption": caption, "width": fitted.width, "height": fitted.height, **meta})
+    resized = before != (fitted.height, fitted.width)
+    told = dict(zip(ORIGINAL, before)) if resized else {}
+    parts["json"] = json_bytes({"caption": caption, "width": fitted.width, "height": fitted.height, **told, **meta})
     if label is not None:
         parts["cls"] = str(label).encode()
-    return Picture(parts, fitted.size, caption, label)
+    return Picture(parts, fitted.size, caption, label, resized)
 
 
 def _fitted(image: Image.Image, form: Form) -> Image.Image:
@@ -183,6 +202,7 @@ class Census:
 
     def report(self, classes: Sequence[str] = ()) -> dict[str, Any]:
         """The census as it is written: whole numbers, a median and a mean, sorted."""
+        whys = (fault.partition(": ")[2] for fault in self.faults)  # of "name: why"
         named = {classes[int(k)] if int(k) < len(classes) else k: n for k, n in _by_number(self.labels)}
         return {
             "samples": self.samples,
@@ -195,7 +215,7 @@ class Census:
                 "words": _spread(self.words),
             },
             "classes": named,
-            "faults": {"count": len(self.faults), "reasons": reasons(self.faults), "list": self.faults},
+            "faults": {"count": len(self.faults), "reasons": reasons(whys), "list": self.faults},
         }
 
 
@@ -227,13 +247,6 @@ def _short_sides(sizes: Counter[str]) -> dict[str, int]:
         low = 0 if above == BINS[0] else (above or 2 * BINS[-1]) // 2
         counts[f"{low}-{above - 1}" if above else f"{low}-"] += n
     return dict(sorted(counts.items(), key=lambda row: int(row[0].partition("-")[0])))
-
-
-def reasons(faults: Sequence[str]) -> dict[str, int]:
-    """How often each reason occurs, numbers and names left out of it."""
-    said = (fault.rpartition(": ")[2] if ": the " not in fault else fault.split(": ", 1)[1] for fault in faults)
-    counts = Counter(re.sub(r"\S*\.\w{2,7} ", "", re.sub(r"\d+", "N", reason)) for reason in said)
-    return dict(sorted(counts.items(), key=lambda row: (-row[1], row[0])))
 
 
 def census_of(samples: Iterator[Sample], faults: list[str]) -> Census:
@@ -288,9 +301,11 @@ def _hold(lock: int, out: Path) -> None:
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
+    except (BlockingIOError, PermissionError) as e:  # EWOULDBLOCK, EACCES: held
         fix = "wait for it, or end it"
         raise UserError("another preparation is at work here", file=out, fix=fix) from e
+    except OSError:  # a file system that has no locks: without one
+        return
 
 
 def check_plan(out: Path, plan: Mapping[str, Any]) -> None:
@@ -364,13 +379,16 @@ def _records(source: Source, span: range, threads: int, census: Census) -> Itera
 
 
 def prepare_folder(source: Source, out: Path, threads: int = 0) -> Census:
-    """Write out/CLASS/000000000.png with its caption in 000000000.txt; what is there already stays."""
+    """Write out/CLASS/000000000.png with its caption in 000000000.txt; what is there already stays.
+
+    Of a picture that was resized 000000000.json tells the original size too, as in shards.
+    """
     census, homes = Census(), _class_folders(source.classes)
     for i, picture in read_items(source, range(len(source.names)), threads, census):
         home = out if picture.label is None else out / homes[picture.label]
         for ending, raw in picture.parts.items():
             file = home / f"{i:09d}.{ending}"
-            if ending in ("json", "cls") or file.exists():
+            if ending == "cls" or (ending == "json" and not picture.resized) or file.exists():
                 continue
             with atomic(file) as part:
                 part.write_bytes(raw)

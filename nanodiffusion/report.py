@@ -16,6 +16,7 @@ from PIL import Image, ImageSequence
 
 from . import show
 from .errors import UserError, need
+from .tracking import flat
 
 Row = Mapping[str, Any]
 
@@ -133,7 +134,7 @@ def _columns(cells: Sequence[str], width: str = "wide") -> str:
 
 def _tiles(config: Row, environment: Row, data: Row, rows: Sequence[Row]) -> str:
     """The figures a reader looks for first."""
-    known = {**dict(_flat(config)), **dict(_flat(environment))}
+    known = {**dict(flat(config)), **dict(flat(environment))}
     by_name = {key.rpartition(".")[2]: value for key, value in known.items()}
     _, rate = show.series(rows, "images_per_s")
     tiles = [
@@ -171,13 +172,6 @@ def _count(found: Any) -> str:
     return f"{value / 1000 ** (power + 2):.3g} {'MGTP'[power]}"
 
 
-def _flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """A nested dict as (a.b.c, value) pairs."""
-    if not isinstance(tree, Mapping) or (not tree and prefix):
-        return [(prefix, tree)]
-    return [pair for key, value in tree.items() for pair in _flat(value, f"{prefix}.{key}" if prefix else str(key))]
-
-
 def _table(pairs: Sequence[tuple[str, Any]], most: int = MAX_ROWS) -> str:
     if not pairs:
         return ""
@@ -194,7 +188,7 @@ def _nested(tree: Row) -> str:
     loose = {key: value for key, value in tree.items() if not isinstance(value, Mapping)}
     groups = {"general": loose, **{key: value for key, value in tree.items() if isinstance(value, Mapping)}}
     tables, left = [], MAX_ROWS
-    for name, pairs in ((name, _flat(group)) for name, group in groups.items() if group):
+    for name, pairs in ((name, flat(group)) for name, group in groups.items() if group):
         if left > 0:
             tables.append(f"<div><h3>{_text(name, MAX_KEY)}</h3>{_table(pairs, left)}</div>")
         left -= len(pairs)
@@ -204,7 +198,7 @@ def _nested(tree: Row) -> str:
 def _census(data: Row) -> str:
     """What is in the data: its facts as a table, its classes as bars."""
     counts = data.get("classes")
-    facts = _table(_flat({k: v for k, v in data.items() if k != "classes" or not isinstance(counts, Mapping)}))
+    facts = _table(flat({k: v for k, v in data.items() if k != "classes" or not isinstance(counts, Mapping)}))
     bars = _bars(counts) if isinstance(counts, Mapping) else ""
     return _columns([f"<div>{part}</div>" for part in (facts, bars) if part])
 

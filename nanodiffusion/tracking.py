@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,7 @@ class Tracker(Protocol):
         ...
 
 
-Open = Callable[[Path, dict[str, Any]], Tracker]
+Open = Callable[[Path, dict[str, Any], int], Tracker]  # the run's folder, its config, the step where it stands
 
 
 class Metrics:
@@ -45,10 +46,10 @@ class Metrics:
         """Open for a run that stands at `step`: rows beyond it (written after the last checkpoint) are dropped."""
         self.path = path
         with self._errors():
-            rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+            rows = path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() else []
             kept = [row for row in rows if _belongs(row, step)]
             temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(kept), "utf-8")
             os.replace(temporary, path)
             self.file = path.open("a")
 
@@ -96,13 +97,13 @@ def picture_name(path: Path) -> str:
 
 
 class TensorBoard:
-    """Scalars and pictures into `folder`/tensorboard."""
+    """Scalars and pictures into `folder`/tensorboard; those beyond `step`, of a run that was killed, are shown no more."""
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], step: int) -> None:
         need("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.writer.add_text("config", json.dumps(config, indent=1))
 
     def log(self, row: Row) -> None:
@@ -134,11 +135,12 @@ LONGEST = 500  # letters of one
 class MLflow:
     """A run in the experiment "nanodiffusion" of MLFLOW_TRACKING_URI, else of `out`/mlflow.db, which all runs of `out` share.
 
-    `folder`/mlflow.json says which, so that a run that is resumed goes on there.
+    `folder`/mlflow.json says which, so that a run that is resumed goes on there. MLflow forgets no row: those that a killed
+    run wrote after its last checkpoint are there twice, equal but for times.
     `mlflow server --backend-store-uri sqlite:///runs/mlflow.db` shows them.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], step: int) -> None:
         package, self.entities = need("mlflow", "mlflow"), need("mlflow.entities", "mlflow")
         home = Path(config["out"]).resolve()
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
@@ -188,17 +190,21 @@ class MLflow:
 
 def flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
     """A nested mapping as (a.b.c, value) pairs."""
-    if not isinstance(tree, Mapping) or not tree:
+    if not isinstance(tree, Mapping) or (not tree and prefix):
         return [(prefix, tree)]
     return [pair for k, v in tree.items() for pair in flat(v, f"{prefix}.{k}" if prefix else str(k))]
 
 
 class WandB:
-    """A Weights & Biases run; WANDB_MODE=offline works without a network."""
+    """A Weights & Biases run; WANDB_MODE=offline works without a network.
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    `folder`/wandb.json says which, so that a run that is resumed goes on there; W&B ignores the rows it has already.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], step: int) -> None:
         self.package = need("wandb", "wandb")
         options = {"project": "nanodiffusion", "name": config["name"], "dir": str(folder)}
+        options |= {"id": _wandb_id(folder / "wandb.json"), "resume": "allow"}
         self.run = self.package.init(**options, config=config, reinit=True)
 
     def log(self, row: Row) -> None:
@@ -214,15 +220,25 @@ class WandB:
         self.run.finish(exit_code=int(reason == "signal"))
 
 
+def _wandb_id(known: Path) -> str:
+    """The run that this folder's rows went to before, or a new one."""
+    try:
+        return str(json.loads(known.read_text())["id"])
+    except (OSError, ValueError, KeyError, TypeError):  # no file, or rubbish
+        new = uuid.uuid4().hex[:16]
+        known.write_text(json.dumps({"id": new}))
+        return new
+
+
 TRACKERS: dict[str, Open] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
 
 
 class Forgiving:
     """A tracker that goes quiet, saying so once, when opening it or anything that it is told fails."""
 
-    def __init__(self, name: str, opener: Open, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, name: str, opener: Open, folder: Path, config: dict[str, Any], step: int) -> None:
         self.name, self.tracker = name, None
-        self._guarded(lambda: setattr(self, "tracker", opener(folder, config)))
+        self._guarded(lambda: setattr(self, "tracker", opener(folder, config, step)))
 
     def _guarded(self, act: Callable[[], None]) -> None:
         try:
@@ -250,7 +266,10 @@ class Forgiving:
             self._guarded(lambda: tracker.close(reason))
 
 
-def open_trackers(names: list[str], folder: Path, config: dict[str, Any]) -> list[Forgiving]:
-    """The named trackers, each guarded. UserError for an unknown name or a missing package, before training starts."""
+def open_trackers(names: list[str], folder: Path, config: dict[str, Any], step: int = 0) -> list[Forgiving]:
+    """The named trackers, each guarded, for a run that stands at `step`.
+
+    UserError for an unknown name or a missing package, before training starts.
+    """
     rows = [(n, lookup(TRACKERS, n, "trackers")) for n in names]
-    return [Forgiving(n, row, folder, config) for n, row in rows]
+    return [Forgiving(n, row, folder, config, step) for n, row in rows]

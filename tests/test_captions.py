@@ -67,6 +67,15 @@ def test_one_file_of_captions_by_name(value: object, tmp_path: Path) -> None:
     assert said(tmp_path) == {"a.png": ("one", None), "s/b.png": ("two", None)}
 
 
+def test_tables_of_hidden_folders_are_not_seen(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("one")
+    for home in (".old", "sub/.trash"):
+        (tmp_path / home).mkdir(parents=True)
+        (tmp_path / home / "captions.json").write_text('{"a.png": "of old"}')
+    assert said(tmp_path) == {"a.png": ("one", None)}
+
+
 def test_class_folders_by_template(tmp_path: Path) -> None:
     for name in ("red_fox/1.png", "red_fox/deep/2.png", "cat/1.png"):
         picture(tmp_path / name)

@@ -13,7 +13,9 @@ import torch
 from latent_runs import write_codec, write_run
 from PIL import Image
 
-from nanodiffusion.cli import main
+from nanodiffusion.cli import EVALUATE, main
+from nanodiffusion.cli.evaluate.result import write
+from nanodiffusion.cli.evaluate.task import enough, read_task
 from nanodiffusion.data.download import Published
 from nanodiffusion.evaluate import Inception, frechet, kernel_subsets, moments, open_images
 from nanodiffusion.evaluate.features import load_small
@@ -82,6 +84,24 @@ def levels(path: Path) -> torch.Tensor:
 
 
 # ---- what it measures
+
+
+def test_the_helps_examples_measure_the_1438_images_of_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/digits/checkpoint").mkdir(parents=True)
+    examples = [
+        line.split()[2:] for line in EVALUATE.splitlines() if line.startswith("  nanodiffusion evaluate runs/digits")
+    ]
+    assert len(examples) >= 2
+    for words in examples:
+        enough(1438, "digits", read_task([*words, "device=cpu"]))
+
+
+def test_of_the_folder_one_is_in_the_result_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path / "photos")
+    write(read_task([".", "device=cpu"]), {"metrics": {}})
+    assert result(tmp_path / "photos.evaluation.json") == {"metrics": {}}
 
 
 def test_pixel_distances_are_those_of_the_arrays(place: Path, capsys: pytest.CaptureFixture[str]):

@@ -411,6 +411,62 @@ def test_a_second_call_finds_everything_there(place):
     assert {p.name: p.stat().st_mtime_ns for p in (place / "whole").iterdir()} == before
 
 
+def captioned(folder, n=3):
+    """A folder of n captioned pictures."""
+    folder.mkdir()
+    for i in range(n):
+        picture(i).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"number {i}")
+    return folder
+
+
+CHANGES = {
+    "another picture": lambda folder: picture(9).save(folder / "9.png"),
+    "other bytes of a picture": lambda folder: os.utime(folder / "1.png", ns=(0, 0)),  # as an editor leaves them
+    "another caption": lambda folder: (folder / "1.txt").write_text("a cat"),
+    "another original size": lambda folder: (folder / "1.json").write_text('{"original_height": 9}'),
+    "one picture less": lambda folder: (folder / "2.png").unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_folder_that_changed_is_not_taken_for_encoded(tmp_path, monkeypatch, change):
+    source = captioned(tmp_path / "pictures")
+    encode(tmp_path / "x", source=str(source), size=SIZE)
+    monkeypatch.chdir(source)  # what lies here decides nothing
+    assert encode(tmp_path / "x", source=str(source), size=SIZE)["count"] == 3
+    before = contents(tmp_path / "x")
+    CHANGES[change](source)
+    with pytest.raises(UserError, match="the source has changed since it was encoded") as e:
+        encode(tmp_path / "x", source=str(source), size=SIZE)
+    assert f"delete {tmp_path / 'x'}" in str(e.value) and contents(tmp_path / "x") == before
+
+
+def test_a_folder_that_changed_after_it_was_counted_is_counted_anew(tmp_path, monkeypatch):
+    source = captioned(tmp_path / "pictures")
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "_encode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            encode(tmp_path / "x", source=str(source), size=SIZE)
+    (source / "1.txt").write_text("a cat")
+    assert encode(tmp_path / "x", source=str(source), size=SIZE)["count"] == 3
+    lines = (tmp_path / "x/captions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["caption"] for line in lines] == ["number 0", "a cat", "number 2"]
+
+
+def test_a_source_that_became_shorter_at_the_end_of_a_batch_is_one_message(tmp_path, monkeypatch):
+    rounds = []
+
+    def read(unit, faults):
+        rounds.append(unit)
+        yield from (Found(f"{i}", "", 0, np.zeros((1, 8, 8), np.uint8)) for i in range(8 if len(rounds) == 1 else 4))
+
+    source = Source(("0",), read, ("a",), 8, 1)
+    monkeypatch.setattr("nanodiffusion.encode.encoder.open_source", lambda *args: source)
+    with pytest.raises(UserError, match="fewer samples than were counted"):
+        encode(tmp_path / "x", source="made", batch=4)
+
+
 def test_calls_that_failed_before_any_part_leave_the_folder_free(place, tmp_path):
     spoken = tmp_path / "silent"
     spoken.mkdir()
@@ -570,6 +626,7 @@ WORDS = {
     "no batch": ("digits out=x codec=none batch=0", "batch"),
     "a text for a number": ("digits out=x codec=none size=big", "size"),
     "unknown split": ("digits out=x codec=none split=dev", "split"),
+    "a split of shards": ("{place}/shards out=x codec=none split=test", "only sets by name have parts"),
     "size and factor": ("digits out=x codec={place}/codec size=9", "whole latent pixels"),
     "a text as codec": ("digits out=x codec={place}/shards", "holds no weights"),
     "another encoding": ("digits out={place}/whole codec=none", "another encoding"),

@@ -194,6 +194,13 @@ def test_statistics_of_other_tools_are_taken_with_a_note(tmp_path: Path):
         scores(sides, ["precision"])
 
 
+def test_of_another_programs_file_only_the_statistics_are_read(tmp_path: Path):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4), dataset="cifar10", arr_0=np.array(["x"] * 3))
+    found = load(tmp_path / "s.npz").moments
+    torch.testing.assert_close(found.covariance, torch.eye(4, dtype=torch.float64))
+    torch.testing.assert_close(found.mean, torch.zeros(4, dtype=torch.float64))
+
+
 def test_other_features_are_refused():
     images = of(pixels(40))
     known = summarise(made()(images), images, made())
@@ -289,6 +296,7 @@ STATISTICS = {
     "shapes": ({"mu": np.zeros(4), "sigma": np.eye(3)}, "do not fit"),
     "NaN": ({"mu": np.zeros(4), "sigma": np.full((4, 4), np.nan)}, "NaN"),
     "another file": ({"arr_0": np.zeros(4)}, "no statistics"),
+    "texts": ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "mu of <U1"),
 }
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from nanodiffusion.data import load_data, pictures, split
+from nanodiffusion.data import census, load_data, pictures, split
 from nanodiffusion.data.buckets import BucketOrder, bucket_table
 from nanodiffusion.data.conditioning import MASKS, random_mask
 from nanodiffusion.data.controls import CONTROLS
@@ -308,6 +308,26 @@ def test_a_folder_is_measured_again_only_where_files_changed(tmp_path: Path, mon
     assert len(pictures(str(home), size=8, captions=False)) == 5
 
 
+def test_a_fault_of_the_moment_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "folder"
+    home.mkdir()
+    for i in range(3):
+        (home / f"{i}.png").write_bytes(png(np.full((8, 8, 3), i, np.uint8)))
+    real = census.picture_bytes
+
+    def refused(file: Path) -> bytes:
+        if file.name == "1.png":
+            raise Fault("the file cannot be read: Permission denied")
+        return real(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(census, "picture_bytes", refused)
+        assert len(pictures(str(home), size=8, captions=False)) == 2
+    read = []
+    monkeypatch.setattr(census, "picture_bytes", lambda file: read.append(file.name) or real(file))
+    assert len(pictures(str(home), size=8, captions=False)) == 3 and read == ["1.png"]
+
+
 def test_a_quick_census_reads_headers_and_the_damage_is_found_when_it_is_asked_for(tmp_path: Path) -> None:
     turned = encoded(Image.fromarray(photo("coffee")), "JPEG", exif=_turned())
     shard = tar(tmp_path / "a.tar", ("a.jpg", turned), ("a.txt", b"a"), ("b.jpg", turned[:9000]), ("b.txt", b"b"))
@@ -331,9 +351,12 @@ def test_the_best_of_n_is_the_first_of_the_highest_score(tmp_path: Path) -> None
     for key, scores in {"a": "0.1, 0.3,0.2", "b": "0.3,0.3,-1e3", "c": "-2,-3,-1\n"}.items():
         members += [(f"{key}.{i}.png", grey(10 * i + ord(key))) for i in (2, 0, 1)]
         members += [(f"{key}.txt", b"text"), (f"{key}.clip_scores.txt", scores.encode())]
-    data = pictures(str(tar(tmp_path / "best.tar", *members)), size=8)
+    shard = str(tar(tmp_path / "best.tar", *members))
+    data, faults = pictures(shard, size=8), list[str]()
     chosen = [ord("a") + 10, ord("b"), ord("c") + 20]
     assert as_bytes(data.batch(torch.arange(3))[0])[:, 0, 0, 0].tolist() == chosen and not data.faults
+    read = [sample.image.getpixel((0, 0)) for sample in read_shards([shard], faults)]  # as encode and prepare have it
+    assert read == [(level,) * 3 for level in chosen] and not faults
 
 
 @pytest.mark.parametrize(
@@ -453,6 +476,16 @@ def test_a_split_and_a_part_keep_captions_and_pictures(photos: str) -> None:
     assert test.captions == held.captions
     other = load_data("pictures", "test", path=photos + "/{0..1}.tar", test_path=photos + "/1.tar", size=32)
     assert other.captions == data.captions[3:]
+
+
+def test_a_test_set_of_its_own_is_taken_whole_whatever_the_fraction(photos: str, tmp_path: Path) -> None:
+    own = {"path": photos + "/0.tar", "test_path": photos + "/1.tar"}
+    for part, file in {"train": "0.tar", "test": "1.tar"}.items():
+        (tmp_path / "parted" / part).mkdir(parents=True)
+        shutil.copy(Path(photos) / file, tmp_path / "parted" / part)
+    for options in (own, {"path": str(tmp_path / "parted")}):
+        sets = [load_data("pictures", part, size=32, test_fraction=0.4, **options) for part in ("train", "test")]
+        assert [len(data) for data in sets] == [3, 2]
 
 
 def test_no_thread_is_left_when_a_set_is_closed(photos: str) -> None:

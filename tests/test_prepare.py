@@ -1,5 +1,6 @@
 """`nanodiffusion prepare`: shards that are a function of the source, whatever interrupts it; a count of what is in them."""
 
+import errno
 import hashlib
 import io
 import json
@@ -10,19 +11,23 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
 from nanodiffusion import cli
 from nanodiffusion.data import load_data
 from nanodiffusion.data.captions import read_captioned
+from nanodiffusion.data.kept import alone
 from nanodiffusion.data.shards import expand_shards, read_shards
+from nanodiffusion.data.urls import read_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,16 +115,38 @@ def test_pictures_are_fitted(resize: str, size: tuple[int, int], tmp_path: Path)
     np.testing.assert_array_equal(np.asarray(first.image), np.asarray(expected))
 
 
-def test_pictures_that_do_not_change_keep_their_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ending", "words", "stored"), [("jpg", (), "jpg"), ("jpeg", (), "jpeg"), ("jpeg", ("encode=jpg",), "jpg")]
+)
+def test_pictures_that_do_not_change_keep_their_bytes(
+    ending: str, words: tuple[str, ...], stored: str, tmp_path: Path
+) -> None:
     (tmp_path / "photos").mkdir()
     out = io.BytesIO()
     Image.fromarray(pixels(0)).save(out, "JPEG")
-    (tmp_path / "photos" / "a.jpg").write_bytes(out.getvalue())
+    (tmp_path / "photos" / f"a.{ending}").write_bytes(out.getvalue())
     (tmp_path / "photos" / "a.txt").write_text("a")
-    assert run(tmp_path / "photos", f"out={tmp_path / 'o'}") == 0
+    assert run(tmp_path / "photos", f"out={tmp_path / 'o'}", *words) == 0
     with tarfile.open(tmp_path / "o" / "00000.tar") as archive:
-        assert archive.extractfile("000000000.jpg").read() == out.getvalue()  # type: ignore[union-attr]
-        assert archive.getnames() == ["000000000.jpg", "000000000.json", "000000000.txt"]
+        assert archive.extractfile(f"000000000.{stored}").read() == out.getvalue()  # type: ignore[union-attr]
+        assert archive.getnames() == [f"000000000.{name}" for name in (stored, "json", "txt")]
+
+
+@pytest.mark.parametrize("form", ["shards", "folder"])
+def test_the_size_before_any_preparation_is_told_after_it(form: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("NANODIFFUSION_CACHE", str(tmp_path / "cache"))
+    source = photos(tmp_path / "photos", 3)  # 12 x 16
+    (source / "cat" / "01.json").write_text('{"original_height": 120, "original_width": 160}')
+    out = tmp_path / "out"
+    assert run(source, f"out={out}", "size=8", f"format={form}") == 0
+    data = load_data("pictures", path=str(out), size=8)
+    expected = {"number 1": [120, 160], "a photo of a cat": [12, 16], "a photo of a red fox": [12, 16]}
+    sizes = data.batch(torch.arange(3))[1]["sizes"][:, :2].tolist()
+    assert dict(zip(data.captions, sizes)) == expected
+    assert run(source, f"out={tmp_path / 'same'}", f"format={form}") == 0  # as they were: 12 x 16
+    again = load_data("pictures", path=str(tmp_path / "same"), size=8)
+    sizes = again.batch(torch.arange(3))[1]["sizes"][:, :2].tolist()
+    assert dict(zip(again.captions, sizes)) == expected
 
 
 def test_a_published_set_becomes_shards_with_the_class_in_the_caption(tmp_path: Path) -> None:
@@ -365,6 +392,20 @@ def test_every_kind_of_table_shows_its_columns_and_rows(kind: str, tmp_path: Pat
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_large_table_is_counted_in_little_memory(kind: str, tmp_path: Path) -> None:
+    row = {"csv": "https://host.example/{},a text\n", "jsonl": '{{"url": "https://host.example/{}", "text": "a"}}\n'}
+    lines = [row[kind].format(i) for i in range(20_000)]
+    file = tmp_path / f"t.{kind}"
+    file.write_text("url,text\n" * (kind == "csv") + "".join(lines))
+    del lines
+    tracemalloc.start()
+    found = read_table(file)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.rows == 20_000 and most < file.stat().st_size / 2
+
+
 def test_the_program_that_is_not_there_is_said_with_its_installation(tmp_path: Path, capsys) -> None:
     assert run(table(tmp_path), f"out={tmp_path / 'o'}", f"img2dataset={tmp_path / 'none'}") == 2
     said = capsys.readouterr().err
@@ -458,6 +499,18 @@ def test_two_at_once_in_one_folder_is_refused(tmp_path: Path, capsys: pytest.Cap
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert run("digits", f"out={tmp_path}", "n=5") == 2
     assert "another preparation is at work here" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_worked_on_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert run("digits", f"out={tmp_path / 'a'}", "n=5") == 0 and census(tmp_path / "a")["samples"] == 5
+    with alone(tmp_path / "b" / "kept.json"):
+        (tmp_path / "b" / "kept.json").write_text("{}")
+
+
+def no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
 def test_sigterm_ends_the_program_too(fake: Path, tmp_path: Path) -> None:

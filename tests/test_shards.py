@@ -19,6 +19,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from nanodiffusion.data.captions import read_captioned
 from nanodiffusion.data.shards import Sample, expand_shards, member_names, read_shards, write_shards
 from nanodiffusion.errors import UserError
 
@@ -250,6 +251,19 @@ def test_the_caption_is_the_txt_then_the_json_and_the_class_stands_alone(tmp_pat
         *(("both", "from txt", None), ("dir/only", "from json", None), ("class", "", 7))
     ]
     assert samples[0].meta == {"text": "from json", "width": 8} and samples[2].where == "a.tar:class"
+
+
+@pytest.mark.parametrize(
+    "meta", [{"caption": None, "text": "a cat"}, {"text": ["a cat", "a tiger"]}, {"prompt": "a cat "}]
+)
+def test_a_json_says_the_same_in_a_shard_as_in_a_folder(meta: dict, tmp_path: Path) -> None:
+    raw = json.dumps(meta).encode()
+    samples, faults = read(tar(tmp_path / "a.tar", ("k.png", png(0)), ("k.json", raw)))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "k.png").write_bytes(png(0))
+    (tmp_path / "folder" / "k.json").write_bytes(raw)
+    assert not faults and [s.caption for s in samples] == ["a cat"]
+    assert [row.caption for row in read_captioned(tmp_path / "folder")] == ["a cat"]
 
 
 def test_without_need_a_picture_alone_is_a_sample(tmp_path: Path) -> None:

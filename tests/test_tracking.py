@@ -47,7 +47,7 @@ def test_metrics_stay_json_whatever_the_numbers(tmp_path):
 
 def test_metrics_beyond_the_step_and_broken_lines_are_dropped(tmp_path):
     path = tmp_path / "m.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n\0\0\0\n[3]\n{"stop": 4}\n{"step": 3}\n{"step": 2, "cut')
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n\0\0\0\n[3]\n{"stop": 4}\n{"step": 3}\n\xff\xfe\n{"step": 2, "cut\xff')
     Metrics(path, 2).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
@@ -84,6 +84,20 @@ def test_tensorboard_holds_every_scalar(tmp_path):
     assert {f[:2] for f in found} == {e[:2] for e in expected}
     values = {f[:2]: f[2] for f in found}
     assert all(values[step, key] == pytest.approx(value, rel=1e-6) for step, key, value in expected)  # kept as fp32
+
+
+def test_tensorboard_shows_a_step_of_a_killed_run_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for stands_at, steps in ((0, (1, 2, 3, 4)), (2, (3, 4, 5))):  # killed after 4, its last checkpoint at 2
+        (tracker,) = open_trackers(["tensorboard"], tmp_path, {}, stands_at)
+        for step in steps:
+            tracker.log({"step": step, "loss": 10 * stands_at + step})
+        tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
 
 
 # -- mlflow ------------------------------------------------------------------------------------------------------------
@@ -172,6 +186,18 @@ def test_wandb_receives_every_scalar_and_the_config(tmp_path, monkeypatch):
     assert given["dir"] == str(tmp_path / "run")
 
 
+def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path, monkeypatch):
+    given = []
+    fake(monkeypatch, init=lambda **options: given.append(options))
+    for folder in ("a", "a", "b"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        open_trackers(["wandb"], tmp_path / folder, {"name": folder})
+    (tmp_path / "b" / "wandb.json").write_text("rubbish")
+    open_trackers(["wandb"], tmp_path / "b", {"name": "b"})
+    ids = [options["id"] for options in given]
+    assert ids[0] == ids[1] and len(set(ids)) == 3 and {options["resume"] for options in given} == {"allow"}
+
+
 def test_a_tracker_that_fails_is_said_once_and_stops_nothing(tmp_path, monkeypatch, capsys):
     calls = []
 
@@ -198,8 +224,8 @@ def test_a_tracker_that_does_not_open_is_said_once_and_stops_nothing(tmp_path, m
 def test_a_failing_tracker_takes_no_other_with_it(tmp_path, monkeypatch):
     seen = []
     good, bad = SimpleNamespace(log=seen.append), SimpleNamespace(log=lambda row: 1 / 0)
-    monkeypatch.setitem(tracking.TRACKERS, "good", lambda folder, config: good)
-    monkeypatch.setitem(tracking.TRACKERS, "bad", lambda folder, config: bad)
+    monkeypatch.setitem(tracking.TRACKERS, "good", lambda *_: good)
+    monkeypatch.setitem(tracking.TRACKERS, "bad", lambda *_: bad)
     make_runner(tmp_path, RUN, trackers=["bad", "good"]).run()
     assert [row["step"] for row in seen] == [2, 4, 4, 6, 8, 8]
 
@@ -212,7 +238,7 @@ def test_an_unknown_tracker_is_refused_with_the_nearest_name(tmp_path):
 
 def test_an_unknown_tracker_is_refused_before_another_one_opens(tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setitem(tracking.TRACKERS, "good", lambda folder, config: opened.append(1))
+    monkeypatch.setitem(tracking.TRACKERS, "good", lambda *_: opened.append(1))
     with pytest.raises(UserError):
         open_trackers(["good", "bad"], tmp_path, {})
     assert opened == []

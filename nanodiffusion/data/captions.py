@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from nanodiffusion.data.files import SIDECARS, SUFFIXES
 from nanodiffusion.data.shards import (
-    CAPTION_KEYS,
     MAX_BYTES,
     MAX_TEXT,
     Fault,
+    caption_of,
     checked_caption,
     decode_json,
     decode_text,
@@ -166,13 +166,6 @@ def picture_bytes(file: Path) -> bytes:
     return raw
 
 
-def caption_of(value: Any) -> Any:
-    """The caption in a text, a list of texts (its first), or an object with caption, text or prompt; else None."""
-    if isinstance(value, Mapping):
-        value = next((value[key] for key in CAPTION_KEYS if value.get(key) is not None), None)
-    return value[0] if isinstance(value, list) and value else value
-
-
 # ---- one file that speaks of many pictures
 
 
@@ -180,11 +173,12 @@ def _said(root: Path) -> dict[str, Any]:
     """Relative path -> caption or Fault, from every table at or below `root`."""
     said: dict[str, Any] = {}
     for file in sorted(root.rglob("*")):
-        if file.name in (*TABLES, MAPPING) and file.is_file():
-            home = file.parent.relative_to(root).as_posix()
+        home = file.parent.relative_to(root)
+        hidden = any(part.startswith(".") for part in home.parts)
+        if file.name in (*TABLES, MAPPING) and file.is_file() and not hidden:
             rows = _mapping(file) if file.name == MAPPING else _rows(file)
             for name, caption in rows:
-                key, bad = _place(home, name)
+                key, bad = _place(home.as_posix(), name)
                 if bad or (key in said):
                     caption = Fault(bad or "it has two captions")
                 said[key] = caption

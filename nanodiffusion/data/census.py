@@ -98,10 +98,10 @@ def census_of(files: Sequence[str], captions: Sequence[str]) -> Census:
     return Census(tuple(found), tuple(files), tuple(captions), np.array(rows, np.int64), ())
 
 
-def _reasons(faults: Iterable[tuple[str, str]]) -> dict[str, int]:
+def reasons(whys: Iterable[str]) -> dict[str, int]:
     """How many faults are alike, but for numbers, names and details, the most first."""
-    alike = Counter()
-    for _, why in faults:
+    alike: Counter[str] = Counter()
+    for why in whys:
         why = re.sub(r"^.*\.(\w+) (is|has) ", r"the \1 \2 ", why.partition(": ")[0])
         alike[re.sub(r"\d[\d.,]*", "n", re.sub(r"(inside) .*", r"\1 a member", why))] += 1
     return dict(alike.most_common())
@@ -125,8 +125,8 @@ def _of_shards(shards: Sequence[str], wanted: Wanted, workers: int) -> Census:
         names += [f"{shown[number]}:{key}" for key in found["keys"]]
         captions += found["captions"]
         faults += [(f"{shown[number]}{where}", why) for where, why in found["faults"]]
-    said = tuple(f"{where}: {why}" for where, why in faults)
-    return Census(tuple(files), tuple(names), tuple(captions), np.concatenate(parts), said, _reasons(faults))
+    said, alike = tuple(f"{where}: {why}" for where, why in faults), reasons(why for _, why in faults)
+    return Census(tuple(files), tuple(names), tuple(captions), np.concatenate(parts), said, alike)
 
 
 def _shard(shard: str, wanted: Wanted, workers: int) -> dict[str, Any]:
@@ -139,10 +139,10 @@ def _shard(shard: str, wanted: Wanted, workers: int) -> dict[str, Any]:
             state = file.stat()
         except OSError as e:
             raise UserError("a shard cannot be read", file=shard, found=e.strerror) from e
-        stamp = {"format": FORMAT, "file": str(file), "size": state.st_size, "time": state.st_mtime_ns}
+        known = {"format": FORMAT, "file": str(file), "size": state.st_size, "time": state.st_mtime_ns}
         found = recall(kept)
-        if {k: found.get(k) for k in stamp} != stamp:
-            found = stamp | _read(file, wanted, workers)
+        if {k: found.get(k) for k in known} != known:
+            found = known | _read(file, wanted, workers)
             keep(kept, found)
     return found
 
@@ -200,7 +200,7 @@ def _of_folder(path: str, wanted: Wanted, workers: int) -> Census:
         captions.append(row.caption)
     said = tuple(f"{where}: {why}" for where, why in faults)
     table = np.array(rows, np.int64).reshape(-1, len(Row._fields))
-    return Census(tuple(files), tuple(names), tuple(captions), table, said, _reasons(faults))
+    return Census(tuple(files), tuple(names), tuple(captions), table, said, reasons(why for _, why in faults))
 
 
 def _folder_row(root: Path, name: str, pair: str | None, sizes: Mapping[str, Any], file: int) -> Row:
@@ -235,22 +235,22 @@ def _small(file: Path) -> bytes:
 def _sizes(
     root: Path, names: Sequence[str], pairs: Mapping[str, str], wanted: Wanted, workers: int
 ) -> dict[str, list[int] | str]:
-    """[height, width] of every picture by name, or what is wrong with it; those are kept whose files did not change."""
+    """[height, width] of every picture by name, or what is wrong with it; sizes hold while their files do not change."""
     kept = kept_file([FORMAT, "folder", os.path.abspath(root), wanted.check])
     partners = [pairs[name] for name in names if name in pairs and (root / pairs[name]).is_file()]
-    stamps = {name: _stamp(root / name) for name in (*names, *partners)}
+    stamps = {name: stamp(root / name) for name in (*names, *partners)}
     with alone(kept):
-        old = recall(kept).get("sizes", {})
-        new = [name for name, stamp in stamps.items() if old.get(name, [None])[0] != stamp]
+        old = recall(kept).get("sizes", {})  # a fault may have been of the moment: it is looked at again
+        new = [n for n, now in stamps.items() if n not in old or old[n][0] != now or isinstance(old[n][1], str)]
         measured = ahead(lambda name: _measure(root / name, wanted), iter(new), workers)
         told = dict(zip(new, tqdm(measured, "census", len(new), disable=None, leave=False)))
         sizes = {name: told[name] if name in told else old[name][1] for name in stamps}
         if new:
-            keep(kept, {"sizes": {name: [stamp, sizes[name]] for name, stamp in stamps.items()}})
+            keep(kept, {"sizes": {name: [now, sizes[name]] for name, now in stamps.items()}})
     return sizes
 
 
-def _stamp(file: Path) -> list[int]:
+def stamp(file: Path) -> list[int]:
     """A file's bytes and time of change; zeros where nothing can be known of it."""
     try:
         state = file.stat()

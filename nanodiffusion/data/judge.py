@@ -9,21 +9,19 @@ import numpy as np
 
 from nanodiffusion.data.captions import TEMPLATE
 from nanodiffusion.data.shards import (
-    PICTURES,
+    PICTURE,
     Fault,
     Group,
+    choose_picture,
     decode_image,
     decode_json,
     decode_label,
-    decode_text,
     group_caption,
+    is_choice,
     picture_size,
 )
 from nanodiffusion.errors import UserError, lookup
 
-SCORES = "clip_scores.txt"
-PICTURE = "|".join(PICTURES)
-NUMBERED = re.compile(rf"(\d{{1,4}})\.(?:{PICTURE})")
 ORIGINAL = ("original_height", "original_width")
 SHAPES_DIFFER = 0.02  # relative, of the aspects of a picture and its partner
 MEASURES = {"full": lambda raw: decode_image(raw).size[::-1], "quick": picture_size}
@@ -64,7 +62,7 @@ class Wanted:
 
     def also(self, ending: str) -> bool:
         """Which members of a shard are read besides the usual ones."""
-        return ending in (SCORES, self.member) or bool(NUMBERED.fullmatch(ending))
+        return ending == self.member or is_choice(ending)
 
     def measure(self, raw: bytes) -> tuple[int, int]:
         """(height, width) of a picture; Fault."""
@@ -88,30 +86,6 @@ def judge_group(group: Group, wanted: Wanted) -> tuple[str, str, Row]:
         check_pair((height, width), wanted.measure(group.parts[wanted.member]))
         pair = group.places[wanted.member]
     return group.key, caption, Row(0, *group.places[ending], 0, *pair, height, width, *original(meta, height, width))
-
-
-def choose_picture(parts: Mapping[str, bytes]) -> str:
-    """The ending of a sample's picture: its only one, or where scores lie beside 0.png, 1.png, ... the first of the best.
-
-    Fault: no picture or several, or not one finite score a picture.
-    """
-    single = [ending for ending in parts if ending in PICTURES]
-    numbered = {int(match[1]): ending for ending in parts if (match := NUMBERED.fullmatch(ending))}
-    if SCORES not in parts and (single or not numbered):
-        if len(single) != 1:
-            raise Fault(f"more than one picture: {', '.join(single)}" if single else "no picture")
-        return single[0]
-    if single:
-        raise Fault(f"more than one picture: {', '.join(single)} beside {SCORES}")
-    if SCORES not in parts:
-        raise Fault(f"no {SCORES}")
-    try:
-        scores = np.array([float(score) for score in decode_text(parts[SCORES]).split(",")])
-    except ValueError:
-        scores = np.array(np.nan)
-    if not np.isfinite(scores).all() or sorted(numbered) != list(range(scores.size)):
-        raise Fault(f"{SCORES} is not one number for each of 0.png, 1.png, ...")
-    return numbered[int(scores.argmax())]
 
 
 def original(meta: Mapping[str, Any], height: int, width: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,12 @@ def keep(file: Path, found: Mapping[str, Any]) -> None:
 @contextmanager
 def alone(file: Path) -> Iterator[None]:
     """One process of this machine at a time works at `file`; all at once where there are no locks."""
-    try:
-        import fcntl
+    with ExitStack() as held:
+        with suppress(ImportError, OSError):
+            import fcntl
 
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(file.with_suffix(".lock"), "w")  # noqa: SIM115  # closed below
-    except (ImportError, OSError):
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context(open(file.with_suffix(".lock"), "w")), fcntl.LOCK_EX)
         yield
 
 

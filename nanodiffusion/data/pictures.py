@@ -61,7 +61,7 @@ def pictures(
     0.png, 1.png, ... is its best picture. original_height and original_width of its json are its size before preparation.
     control: a row of CONTROLS with its options; hole: {"name": "random"} or a row of MASKS; buckets: true, or sizes.
     check: "full" decodes every picture in the census, "quick" reads their headers. workers: threads that decode ahead.
-    The test set is test_path, or path/test beside path/train, or the `test_fraction` that tensors.split sets aside.
+    The test set is test_path, else path/test beside path/train, else the `test_fraction` that tensors.split sets aside.
     UserError: nothing there, no sound sample, no caption anywhere, an unknown option of any of these, no test set.
     """
     side = lookup(SPLITS, split, "split")
@@ -80,9 +80,11 @@ def pictures(
         made(*(np.zeros((size, size, *c), np.uint8) for c in ((3,), (), (3,))))
     found = take_census(where, wanted, pipes, at_least(workers, 0, "workers"))
     data = Pictures(found, cropping, table, made, bool(hole), kind, Decoder(workers))
+    if test_path or parted:
+        return data
     if test_fraction:
         return split_data(data, test_fraction, seed)[side]
-    if side and not (test_path or parted):
+    if side:
         fix = "test_path=..., or test_fraction=0.1 sets one aside"
         raise UserError("this set has no test part", key="split", found=split, fix=fix)
     return data

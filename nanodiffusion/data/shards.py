@@ -1,7 +1,8 @@
 """Pictures with captions in tar files, the layout of webdataset: read without trust, and written the same to the byte.
 
 A sample is the run of members whose names share what comes before the first dot of the last part: 0007.jpg, 0007.txt,
-0007.json, 0007.cls. Only png, jpg, jpeg, webp, txt, json and cls are opened; other members are not even read.
+0007.json, 0007.cls. Only png, jpg, jpeg, webp, txt, json and cls are opened, and 0.png, 1.png, ... with clip_scores.txt, of
+which the best is the picture; other members are not even read.
 """
 
 import glob
@@ -23,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nanodiffusion.data.files import FORMATS, MAX_PIXELS, opaque
@@ -31,6 +33,9 @@ from nanodiffusion.show import atomic
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
 TEXTS = ("txt", "json", "cls")
+SCORES = "clip_scores.txt"
+PICTURE = "|".join(PICTURES)
+NUMBERED = re.compile(rf"(\d{{1,4}})\.(?:{PICTURE})")
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key, ending: webdataset's rule
 MAX_BYTES = 256 * 2**20  # of a picture: 64 megapixels of RGB, uncompressed, are 183 MiB
 MAX_TEXT = 2**20  # bytes of a txt, json or cls
@@ -135,7 +140,7 @@ def read_shards(
     shards = [os.fspath(shard) for shard in shards]
     names = names or shard_names(shards)
     tell = faults.append if isinstance(faults, list) else faults
-    found = (item for shard, name in zip(shards, names) for item in groups(shard, name))
+    found = (item for shard, name in zip(shards, names) for item in groups(shard, name, is_choice))
     for item in ahead(lambda item: _judge(item, need_caption), found, workers):
         if isinstance(item, str):
             tell(item)
@@ -193,14 +198,41 @@ def decode_group(group: Group, need_caption: bool = True) -> Sample:
     """The sample that a group holds; Fault where it is not one."""
     if group.bad:
         raise Fault(group.bad)
-    pictures = [ending for ending in group.parts if ending in PICTURES]
-    if len(pictures) != 1:
-        raise Fault(f"more than one picture: {', '.join(pictures)}" if pictures else "no picture")
+    ending = choose_picture(group.parts)
     meta = decode_json(group.parts["json"]) if "json" in group.parts else {}
     label = decode_label(group.parts["cls"]) if "cls" in group.parts else None
     caption = group_caption(group, meta, need_caption and label is None)
-    image = decode_image(group.parts[pictures[0]])
+    image = decode_image(group.parts[ending])
     return Sample(group.key, image, caption, label, meta, f"{group.shard}:{group.key}")
+
+
+def is_choice(ending: str) -> bool:
+    """Whether a member is one of several pictures of a sample, or their scores: see `choose_picture`."""
+    return ending == SCORES or bool(NUMBERED.fullmatch(ending))
+
+
+def choose_picture(parts: Mapping[str, bytes]) -> str:
+    """The ending of a sample's picture: its only one, or where scores lie beside 0.png, 1.png, ... the first of the best.
+
+    Fault: no picture or several, or not one finite score a picture.
+    """
+    single = [ending for ending in parts if ending in PICTURES]
+    numbered = {int(match[1]): ending for ending in parts if (match := NUMBERED.fullmatch(ending))}
+    if SCORES not in parts and (single or not numbered):
+        if len(single) != 1:
+            raise Fault(f"more than one picture: {', '.join(single)}" if single else "no picture")
+        return single[0]
+    if single:
+        raise Fault(f"more than one picture: {', '.join(single)} beside {SCORES}")
+    if SCORES not in parts:
+        raise Fault(f"no {SCORES}")
+    try:
+        scores = np.array([float(score) for score in decode_text(parts[SCORES]).split(",")])
+    except ValueError:
+        scores = np.array(np.nan)
+    if not np.isfinite(scores).all() or sorted(numbered) != list(range(scores.size)):
+        raise Fault(f"{SCORES} is not one number for each of 0.png, 1.png, ...")
+    return numbered[int(scores.argmax())]
 
 
 def group_caption(group: Group, meta: Mapping[str, Any], needed: bool) -> str:
@@ -208,10 +240,17 @@ def group_caption(group: Group, meta: Mapping[str, Any], needed: bool) -> str:
     if "txt" in group.parts:
         caption: Any = decode_text(group.parts["txt"])
     else:
-        caption = next((meta[key] for key in CAPTION_KEYS if key in meta), None)
+        caption = caption_of(meta)
     if caption is None and not needed:
         return ""
     return checked_caption(caption, needed)
+
+
+def caption_of(value: Any) -> Any:
+    """The caption in a text, a list of texts (its first), or an object with caption, text or prompt; else None."""
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in CAPTION_KEYS if value.get(key) is not None), None)
+    return value[0] if isinstance(value, list) and value else value
 
 
 def checked_caption(caption: Any, needed: bool = True) -> str:

@@ -17,6 +17,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +88,7 @@ def _csv(file: Path) -> Table:
     tab = "\t" if file.suffix.lower() == ".tsv" else ","
     with open(file, encoding="utf-8-sig", newline="") as f:
         head = [f.readline(1 << 20), f.readline(1 << 20)]
-        rows = sum(1 for line in (head[1], *_lines(f)) if line.strip())
+        rows = sum(1 for line in chain([head[1]], _lines(f)) if line.strip())
     names, first = (next(csv.reader(io.StringIO(line), delimiter=tab), []) for line in head)
     return Table(file, tuple(names), rows, dict(zip(names, first)))
 
@@ -118,7 +119,7 @@ def _json_lines(file: Path) -> Table:
     with open(file, encoding="utf-8-sig") as f:
         line = f.readline(1 << 20)
         first = json.loads(line) if line.strip() else {}
-        rows = sum(1 for text in (line, *_lines(f)) if text.strip())
+        rows = sum(1 for text in chain([line], _lines(f)) if text.strip())
     if not isinstance(first, dict):
         raise ValueError("not an object a line")
     return Table(file, tuple(first), rows, first)

@@ -1,9 +1,7 @@
 """The engine of `nanodiffusion encode`: parts that are written whole or not at all, joined when all are there."""
 
-import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -131,7 +129,7 @@ class Encoder:
         return {
             **asdict(self.config),
             "device": self.world.device.type,
-            "units": hashlib.sha256(as_json([_unit(u) for u in self.source.units])).hexdigest(),
+            "units": self.source.identity,
             "codec": {
                 "where": self.config.codec,
                 "sha256": content_hash(self.codec.state_dict()),
@@ -189,6 +187,10 @@ class Encoder:
         return False
 
     def _check_same(self, old: dict[str, Any], where: Path) -> None:
+        now = json.loads(as_json(self.settings))
+        if old != now == {**old, "units": now["units"]}:
+            fix = f"out=ANOTHER, or delete {where}"
+            raise UserError("the source has changed since it was encoded", file=self.config.source, fix=fix)
         check_same(old, self.settings, "another encoding is in this folder", where, "out=ANOTHER, or delete it")
 
     # counting
@@ -270,18 +272,20 @@ class Encoder:
         rows: dict[str, list[Tensor]] = {}
         for first in range(start, stop, self.config.batch):
             index = range(first, min(stop, first + self.config.batch))
-            pixels = np.stack(list(islice(stream, len(index))))
-            if len(pixels) != len(index):
-                raise UserError(
-                    "the source has changed", file=self.config.source, found="fewer samples than were counted"
-                )
-            for name, x in self._encode_batch(pixels, index).items():
+            for name, x in self._encode_batch(self._stack(stream, len(index)), index).items():
                 rows.setdefault(name, []).append(x)
             if self.texts:
                 for name, x in self.texts.encode([census.records[i].caption for i in index]).items():
                     rows.setdefault(name, []).append(x)
         tensors = {name: torch.cat(parts) for name, parts in rows.items()}
         return self._stored(tensors, census, start)
+
+    def _stack(self, stream: Iterator[np.ndarray], count: int) -> np.ndarray:
+        """The next pictures: uint8 (count c h w). UserError: there are fewer."""
+        pixels = list(islice(stream, count))
+        if len(pixels) != count:
+            raise UserError("the source has changed", file=self.config.source, found="fewer samples than were counted")
+        return np.stack(pixels)
 
     def _encode_batch(self, pixels: np.ndarray, index: range) -> dict[str, Tensor]:
         """x, and flipped of the mirrored pictures: uint8 (b c H W) -> (b c h w) float32."""
@@ -407,10 +411,6 @@ def _share(parts: range, world: World) -> range:
     each, more = divmod(len(parts), world.size)
     start = world.rank * each + min(world.rank, more)
     return parts[start : start + each + (world.rank < more)]
-
-
-def _unit(name: str) -> list[Any]:
-    return [name, os.path.getsize(name) if os.path.isfile(name) else None]
 
 
 def wait_for(path: Path) -> Path:

@@ -1,5 +1,7 @@
 """Where pictures and captions are from: sets by name, folders, shards."""
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +14,8 @@ from PIL import Image, ImageOps
 from nanodiffusion.data import load_data
 from nanodiffusion.data.files import MODES
 from nanodiffusion.data.judge import original
+from nanodiffusion.encode.files import as_json
+from nanodiffusion.errors import UserError
 
 SETS = ("digits", "mnist", "fashion-mnist", "cifar10")  # sources by name
 FILES, SAMPLES = 1000, 4096  # of a folder, and of a set by name, that are counted at a time
@@ -42,12 +46,19 @@ class Source:
     classes: tuple[str, ...] = ()
     size: int = 0  # pixels; 0: nothing says
     channels: int = 3
+    identity: str = ""  # another where the samples are others, as far as names, sizes, times and captions tell
 
 
 def open_source(where: str, split: str = "train") -> Source:
-    """The samples of a set by name, of a folder of captioned pictures, or of shards (a folder of them or a pattern)."""
+    """The samples of a set by name, of a folder of captioned pictures, or of shards (a folder of them or a pattern).
+
+    UserError: nothing there, or a `split` of what has no parts.
+    """
     if where in SETS:
         return _by_name(where, split)
+    if split != "train":
+        fix = "give the folder or the shards of that part alone, without split="
+        raise UserError("only sets by name have parts", file=where, key="split", found=split, fix=fix)
     folder = Path(where)
     if folder.is_dir() and not any(folder.glob("*.tar")):
         return _folder(folder)
@@ -67,7 +78,8 @@ def open_source(where: str, split: str = "train") -> Source:
                 continue
             yield Found(s.key, s.caption, s.label, s.image, name, size)
 
-    return Source(shards, read)
+    known = [[s, os.path.getsize(s) if os.path.isfile(s) else None] for s in shards]
+    return Source(shards, read, identity=_digest(known))
 
 
 def _by_name(name: str, split: str) -> Source:
@@ -80,13 +92,14 @@ def _by_name(name: str, split: str) -> Source:
             yield Found(f"{i:08d}", data.classes[labels[i]], labels[i], data.x[i].numpy())
 
     units = tuple(str(i) for i in range(0, len(data), SAMPLES))
-    return Source(units, read, data.classes, data.shape[1], data.shape[0])
+    known = [[unit, None] for unit in units]
+    return Source(units, read, data.classes, data.shape[1], data.shape[0], _digest(known))
 
 
 def _folder(folder: Path) -> Source:
     """The pictures below a folder, by path, those without a caption too; the class folders are the classes."""
     from nanodiffusion.data.captions import judge_captioned, picture_bytes
-    from nanodiffusion.data.census import json_beside
+    from nanodiffusion.data.census import json_beside, stamp
     from nanodiffusion.data.shards import Fault, decode_image, plain
 
     judged, classes = judge_captioned(folder, need_caption=False)
@@ -103,7 +116,17 @@ def _folder(folder: Path) -> Source:
                 continue
             yield Found(name, row.caption, row.label, image, original=size)
 
-    return Source(tuple(str(i) for i in range(0, len(judged), FILES)), read, classes)
+    known = [
+        [name, str(row)]
+        if isinstance(row, Fault)
+        else [name, row.caption, stamp(row.file), stamp(row.file.with_suffix(".json"))]
+        for name, row in judged.items()
+    ]
+    return Source(tuple(str(i) for i in range(0, len(judged), FILES)), read, classes, identity=_digest(known))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(as_json(value)).hexdigest()
 
 
 def square(image: Any, size: int, channels: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from nanodiffusion.evaluate.distances import Moments, from_covariance, moments
 from nanodiffusion.evaluate.features import Features
 from nanodiffusion.evaluate.images import Images, npz_errors
 
+ARRAYS = ("mu", "sigma", "factor", "examples", "labels")  # of a file; of another program's, the others are not read
 EXAMPLES, SEED = 10_000, 0  # features of each side that pairwise measures use, at most; what chooses them
 
 
@@ -94,7 +95,7 @@ def load(file: Path) -> Statistics:
         if not {"mu", "sigma"} <= set(arrays.files):
             raise UserError("these are no statistics", file=file, expected="mu, sigma", found=arrays.files[:6])
         about = dict(json.loads(str(arrays["about"]))) if "about" in arrays.files else {}
-        tensors = {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "about"}
+        tensors = {key: _tensor(arrays[key], key) for key in ARRAYS if key in arrays.files}
     _check_moments(tensors["mu"], tensors["sigma"], file)
     n, classes = int(about.pop("n", 0)), tuple(about.pop("classes", ()))
     factor = tensors.get("factor")
@@ -104,6 +105,13 @@ def load(file: Path) -> Statistics:
         else Moments(tensors["mu"].double(), factor.double(), n)
     )
     return Statistics(m, tensors.get("examples"), tensors.get("labels"), classes, about)
+
+
+def _tensor(array: np.ndarray, key: str) -> Tensor:
+    try:
+        return torch.from_numpy(array)
+    except TypeError:  # texts, dates, numbers that torch does not know
+        raise ValueError(f"{key} of {array.dtype}") from None
 
 
 def is_statistics(file: Path) -> bool:
