@@ -201,9 +201,7 @@ def option_types(row: Callable[..., Any]) -> dict[str, Any]:
 
 def validate(config: Config) -> None:
     """Values that types do not catch."""
-    for key in ("steps", "batch_size", "accumulate", "log_every", "keep", "max_bad_steps", "validation_samples"):
-        if getattr(config, key) < 1:
-            raise UserError("must be at least 1", key=key, found=getattr(config, key))
+    _check_counts(config, "log_every", "keep", "validation_samples")
     for key in (
         "lr",
         "clip",
@@ -245,8 +243,15 @@ def _check_given(sample: GridConfig) -> None:
             raise UserError("not one for each picture", key=f"sample.{key}", expected=expected, found=n)
 
 
+def _check_counts(config: TrainConfig, *keys: str) -> None:
+    for key in keys:
+        if getattr(config, key) < 1:
+            raise UserError("must be at least 1", key=key, found=getattr(config, key))
+
+
 def validate_training(config: TrainConfig) -> None:
-    """Names that types do not catch."""
+    """Values that types do not catch."""
+    _check_counts(config, "steps", "batch_size", "accumulate", "max_bad_steps")
     lookup(dict.fromkeys(("ddp", "fsdp")), config.parallel, "parallel")
     if config.compile not in (True, False, "blocks"):
         raise UserError("unknown way to compile", key="compile", expected="true, false or blocks", found=config.compile)

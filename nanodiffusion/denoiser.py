@@ -31,6 +31,11 @@ class Prediction:
     name: str
     coefficients: Callable[[Tensor], Coefficients]
 
+    @property
+    def options(self) -> dict[str, float]:
+        """What it was made with: sigma_data of edm."""
+        return getattr(self.coefficients, "keywords", {})
+
 
 def _eps(s: Tensor) -> Coefficients:
     return torch.ones_like(s), -s, (s**2 + 1).rsqrt()
@@ -172,8 +177,7 @@ class Denoiser(nn.Module):
     def target(self, x0: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
         """What F should be, (x0 - c_skip x) / c_out, with x0's and eps' parts apart so that nothing cancels."""
         s = expand(sigma, x0)
-        c_skip, c_out, _ = self.prediction.coefficients(s)
-        return ((1 - c_skip) / c_out) * x0 - (c_skip * s / c_out) * eps
+        return _target(self.prediction.coefficients(s), x0, s, eps)
 
     def loss(
         self,
@@ -191,12 +195,16 @@ class Denoiser(nn.Module):
         mask (b 1 h w) in [0, 1]: which pixels count.
         """
         s = expand(sigma, x0)
-        c_skip, c_out, c_in = self.prediction.coefficients(s)
+        _, c_out, c_in = found = self.prediction.coefficients(s)
         out = self._net(c_in * (x0 + s * eps), self.clock(sigma), cond or {})
-        target = ((1 - c_skip) / c_out) * x0 - (c_skip * s / c_out) * eps
-        each = lookup(DISTANCES, distance, "loss")(out, target)
+        each = lookup(DISTANCES, distance, "loss")(out, _target(found, x0, s, eps))
         per_sample = each.flatten(1).mean(1) if mask is None else mean_within(each, mask)
         return per_sample if weight is None else per_sample * weight(sigma, c_out.flatten())
+
+
+def _target(coefficients: Coefficients, x0: Tensor, s: Tensor, eps: Tensor) -> Tensor:
+    c_skip, c_out, _ = coefficients
+    return ((1 - c_skip) / c_out) * x0 - (c_skip * s / c_out) * eps
 
 
 # Weights are functions (sigma (b), c_out (b)) -> (b) on the F-space loss. |D - x0|^2 = c_out^2 |F - target|^2, so a weight

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nanodiffusion.config import SampleConfig, make
 from nanodiffusion.denoiser import Denoiser, Prediction, expand
-from nanodiffusion.errors import UserError
+from nanodiffusion.errors import UserError, workable
 from nanodiffusion.guidance import Bound, bind, cfg
 from nanodiffusion.noise import LADDERS, Schedule
 from nanodiffusion.sampler import STEPS, ImageNoise, State, Step, sample, start
@@ -16,7 +16,8 @@ from nanodiffusion.sampler import STEPS, ImageNoise, State, Step, sample, start
 
 def make_ladder(config: SampleConfig, schedule: Schedule) -> Tensor:
     """The noise levels a SampleConfig visits: (steps + 1,) float64."""
-    return make(LADDERS, config.ladder, "sample.ladder")(schedule, config.steps)
+    with workable("sample.ladder"):
+        return make(LADDERS, config.ladder, "sample.ladder")(schedule, config.steps)
 
 
 def make_step(config: SampleConfig) -> Step:
@@ -24,9 +25,20 @@ def make_step(config: SampleConfig) -> Step:
     return make(STEPS, config.sampler, "sample.sampler")
 
 
+def check_step(config: SampleConfig) -> None:
+    """UserError for a sampler whose options do not work: a few steps of it, on two numbers."""
+    if config.sampler.get("order", 1) < 1:
+        raise UserError("must be at least 1", key="sample.sampler.order", found=config.sampler["order"])
+    x, ladder = torch.ones(1, 2), torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0])
+    with workable("sample.sampler"):
+        *_, last = sample(lambda x, sigma: x / 2, x, ladder, make_step(config), torch.ones_like)
+    if not last.x.isfinite().all():
+        raise UserError("these options cannot work", key="sample.sampler", found=config.sampler)
+
+
 def check_settings(config: SampleConfig, schedule: Schedule) -> None:
     """UserError for settings that no model could be sampled with."""
-    make_step(config)
+    check_step(config)
     make_ladder(config, schedule)
     if config.n < 1:
         raise UserError("must be at least 1", key="sample.n", found=config.n)
@@ -57,19 +69,16 @@ def guided(
     cond = dict(cond or {})
     if odd := [CALLED.get(name, name) for name in cond if name not in takes]:
         raise UserError(f"this model knows no {odd[0]}", key=odd[0], fix=f"leave {odd[0]} out")
-    if not takes and config.guidance != 1:
+    if not set(takes) - {"concat"} and config.guidance != 1:  # what is known is never left out
         raise UserError("guidance needs a class- or text-conditional model", key="guidance", found=config.guidance)
     classes = f"0 to {null} ({null} is the null class)"
     if missing := [name for name in takes if name not in cond]:
         called = CALLED.get(missing[0], missing[0])
         expected = classes if missing[0] == "label" else None
         raise UserError(f"this model is {called}-conditional", key=called, expected=expected)
-    if (
-        (labels := cond.get("label")) is not None
-        and len(labels)
-        and not 0 <= int(labels.min()) <= int(labels.max()) <= (null or 0)
-    ):
-        raise UserError("no such class", key="class", expected=classes, found=labels.max().item())
+    labels = cond.get("label", torch.zeros(0))
+    if wrong := [label for label in labels.tolist() if not 0 <= label <= (null or 0)]:
+        raise UserError("no such class", key="class", expected=classes, found=wrong[0])
     lo, hi = config.guidance_interval or (0.0, float("inf"))
     nothing = denoiser.unconditional(cond) | dict(negative or {})
     return cfg(denoiser, cond, nothing, config.guidance, lo, hi, config.guidance_rescale) if takes else bind(denoiser)

@@ -2,7 +2,8 @@
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -27,6 +28,15 @@ class UserError(Exception):
         place = " ".join(f"{k} {v}" for k, v in (("file", file), ("key", key)) if v is not None)
         rows = [what, place, *(f"{k}: {self.details[k]}" for k in ("expected", "found", "fix"))]
         super().__init__("\n  ".join(r for r in rows if r and not r.endswith(": None")))
+
+
+@contextmanager
+def workable(key: str) -> Iterator[None]:
+    """Options of the component at `key` that arithmetic refuses, a level of 0 or an exponent of 0, are a UserError."""
+    try:
+        yield
+    except (ArithmeticError, ValueError) as e:
+        raise UserError("these options cannot work", key=key, found=str(e)) from None
 
 
 def need(package: str, extra: str) -> ModuleType:

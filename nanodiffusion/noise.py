@@ -263,7 +263,7 @@ def shifted_flow(schedule: Schedule, steps: int, shift: float = 1.0) -> Tensor:
     _check_steps(steps)
     last = float(schedule.sigmas[-1])
     t = torch.linspace(last / (1 + last), 0, steps + 1, dtype=torch.float64)[:-1]
-    return _ladder((flow_sigma(t) * shift).clamp(max=SIGMA_CAP * max(shift, 1.0)))
+    return _ladder(flow_sigma(t) * shift)
 
 
 def power(schedule: Schedule, steps: int, exponent: float = 1.0, t_max: float = 0.99) -> Tensor:

@@ -19,7 +19,7 @@ from nanodiffusion.codec import PixelCodec
 from nanodiffusion.config import Config, make
 from nanodiffusion.denoiser import PRECISIONS, Cond, Denoiser, edm
 from nanodiffusion.draw import CALLED, check_sampling, cycled, draw
-from nanodiffusion.errors import UserError
+from nanodiffusion.errors import UserError, workable
 from nanodiffusion.memory import at_work
 from nanodiffusion.nets import NETS, build_net
 from nanodiffusion.noise import DENSITIES, SCHEDULES, Density, Schedule
@@ -48,12 +48,17 @@ def make_task(config: Config) -> Any:
 
 def make_schedule(config: Config) -> Schedule:
     """The schedule a config names."""
-    return make(SCHEDULES, config.schedule, "schedule")()
+    with workable("schedule"):
+        return make(SCHEDULES, config.schedule, "schedule")()
 
 
 def make_density(config: Config) -> Density:
     """The training density a config names."""
-    return make(DENSITIES, config.density, "density", schedule=make_schedule(config))()
+    row = make(DENSITIES, config.density, "density", schedule=make_schedule(config))
+    with workable("density"):
+        density = row()
+        density(1, torch.Generator())
+    return density
 
 
 def make_denoiser(config: Config) -> Any:

@@ -19,7 +19,7 @@ from nanodiffusion.data import order
 from nanodiffusion.denoiser import DISTANCES, WEIGHTS, Cond, Denoiser, expand
 from nanodiffusion.distributed import World
 from nanodiffusion.ema import EMA, PROFILES
-from nanodiffusion.errors import UserError, lookup, need
+from nanodiffusion.errors import UserError, lookup, need, workable
 from nanodiffusion.fast import BLOCKS, compile_blocks
 from nanodiffusion.noise import Density
 from nanodiffusion.shard import FUSED, WHOLE, load_parts, local, optimizer_parts, parts, repeated, shard, sharded
@@ -191,6 +191,9 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> tor
             )
         return scheduler
     factor = make(LR_SCHEDULES, spec, "lr_schedule", steps=config.steps)
+    with workable("lr_schedule"):
+        if min(factor(k) for k in (0, 1, config.steps)) < 0:
+            raise ValueError("a negative rate")
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: factor(k))
 
 
@@ -224,6 +227,7 @@ class Trainer:
         config: TrainConfig,
         world: World | None = None,
     ) -> None:
+        validate_training(config)
         self.config, self.world, self.density = config, world or World(), density
         self.parts = config.accumulate * self.world.size
         if config.batch_size % self.parts:
@@ -237,7 +241,6 @@ class Trainer:
                 fix=f"batch_size={least} accumulate={fewer}",
             )
         self.micro_batch = config.batch_size // self.parts  # samples that a process holds at once
-        validate_training(config)
         device = self.world.device
         self.denoiser, self.data = denoiser.to(device), data.to(device)
         self.noise_shape: tuple[int, ...] = getattr(denoiser, "noise_shape", tuple(data.shape))
@@ -254,7 +257,8 @@ class Trainer:
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in denoiser.modules())
         self.generator = torch.Generator(device)
         self.step, self.bad_steps = 0, 0
-        self.plain_objective = Objective(denoiser, config.loss, make(WEIGHTS, config.weight, "weight"))
+        known = denoiser.prediction.options if isinstance(denoiser, Denoiser) else {}
+        self.plain_objective = Objective(denoiser, config.loss, make(WEIGHTS, config.weight, "weight", **known))
         self.objective = self._wrap(self.plain_objective)
 
     def _average(self, spec: dict[str, Any]) -> EMA:

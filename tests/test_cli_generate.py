@@ -34,7 +34,7 @@ from nanodiffusion.metadata import chunks, read_settings
 from nanodiffusion.nets.inpaint import InpaintTokens
 from nanodiffusion.pretrained import load_pretrained, load_tokens, replace_part
 from nanodiffusion.show import save_png
-from nanodiffusion.tensors import save_tensors
+from nanodiffusion.tensors import load_meta, save_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,6 +126,20 @@ def test_the_pictures_are_the_librarys(run, tmp_path):
     *_, state = g.generate(bundle, ["a cat", "red sea"], sampler="heun", **call)
     for path, image in zip(sorted((tmp_path / "p").iterdir()), g.pictures(bundle, state.x), strict=True):
         assert np.abs(pixels(path).astype(int) - np.asarray(image)).max() <= 1
+
+
+def test_what_the_second_encoder_reads_is_said_once_for_all_prompts(run, tmp_path):
+    for folder, words in (("once", "prompt_2=castle"), ("twice", "prompt_2=castle prompt_2=castle")):
+        run(f"generate 'a cat' 'red sea' model=SDXL {QUICK} {words} out=OUT/{folder}")
+    once, twice = ([pixels(p) for p in sorted((tmp_path / folder).iterdir())] for folder in ("once", "twice"))
+    assert len(once) == 2 and np.array_equal(once, twice)
+
+
+@pytest.mark.parametrize("key", ["negative", "prompt_2"])
+def test_texts_that_are_not_one_per_prompt_are_refused_before_the_model_is_loaded(key, monkeypatch, capsys):
+    monkeypatch.setattr("nanodiffusion.cli.generate.load_parts", lambda *_: pytest.fail("the model was loaded"))
+    assert main(["generate", "a", "b", "c", "model=x", f"{key}=d", f"{key}=e"]) == 2
+    assert "or one per prompt" in (said := capsys.readouterr().err) and f"key {key}" in said
 
 
 def test_without_out_they_go_into_the_folder_pictures(run, tmp_path, monkeypatch):
@@ -306,7 +320,7 @@ COSTLY = {"text", "batch", "vae", "outpaint"}  # of which others go the same way
     "task", [pytest.param(task, marks=pytest.mark.slow) if task in COSTLY else task for task in TASKS]
 )
 def test_every_picture_can_be_made_again_to_the_bit(run, tmp_path, task):
-    parts = {"CONTROL": part("controlnet"), "ADAPTER": part("adapter"), "VAE": part("vae", "sdxl")}
+    parts = {"CONTROL": part("controlnet"), "ADAPTER": part("adapter"), "VAE": part("vae")}
     parts["OTHER"] = sd_files.tree("sd1", seed=1) / "unet"
     typed = TASKS[task]
     for name, path in parts.items():
@@ -463,6 +477,7 @@ def test_latents_are_those_of_the_pictures(run, tmp_path):
     bundle = load_pretrained(sd_files.tree("sd1"))
     for path, image in zip(sorted((tmp_path / "p").iterdir()), g.pictures(bundle, every["x"][:, -1])):
         assert np.abs(pixels(path).astype(int) - np.asarray(image)).max() <= 1
+    assert load_meta(tmp_path / "k.safetensors")["generate"]["pictures"] == 3
     assert "a cat" in run("info OUT/l.safetensors")
 
 

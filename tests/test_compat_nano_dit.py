@@ -318,6 +318,13 @@ def test_training_leaves_checkpoints_that_go_on_and_pictures(tmp_path):
     assert lr_scheduler.last_epoch == 9 and again.best_val_loss == trainer.best_val_loss
 
 
+def test_an_interval_of_0_is_never(tmp_path):
+    trained(tmp_path, 3, validation_interval=0, save_every_n_epochs=0)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2] and not any("loss_val" in row for row in rows)
+    assert [f.name for f in (tmp_path / "checkpoint").iterdir()] == ["step-00000002"]  # the end
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 def test_validation_draws_its_classes(fixed, tmp_path):
     pictures = {"vae": PixelCodec(3), "validation_context": [3, 7], "fixed_validation_noise": fixed}

@@ -287,6 +287,16 @@ def test_strict_false_leaves_out_what_does_not_fit(hub, tmp_path):
     assert_close(kept, tensors, rtol=0, atol=0)
 
 
+def test_strict_false_reads_older_clip_files_in_their_dtype(hub, tmp_path):
+    """transformers before 4.31 wrote the positions 0, 1, 2, ... too: int64, and by their alignment first in the file."""
+    file = snapshot(hub, "stabilityai/stable-diffusion-xl-base-1.0") / "text_encoder/model.safetensors"
+    tensors = {name: tensor.half() for name, tensor in load_file(file).items()}
+    positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    save_file(tensors | positions, tmp_path / "older.safetensors")
+    net = ours.SDXLCLIPOne.load(tmp_path / "older.safetensors", strict=False)
+    assert_close(net.state_dict(), tensors, rtol=0, atol=0)
+
+
 def test_pickles_are_refused_and_missing_files_named(tmp_path):
     (tmp_path / "net.bin").write_bytes(b"")
     with pytest.raises(UserError, match="never opened"):

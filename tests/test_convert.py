@@ -22,6 +22,7 @@ from torch.testing import assert_close
 from nanodiffusion.cli import convert, main
 from nanodiffusion.cli.convert import Inert, Order, read_order
 from nanodiffusion.errors import UserError
+from nanodiffusion.pretrained.weights import read_json, source_of
 
 PACKAGE = Path(convert.__file__).parents[1]
 
@@ -146,6 +147,31 @@ def test_what_the_child_dies_of_is_said(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 # -- checkpoints of the family -------------------------------------------------------------------------------------------
+
+
+def test_of_a_mixed_folder_all_weights_are_kept_and_shards_with_their_index(tmp_path: Path) -> None:
+    old, new, weights = tmp_path / "old", tmp_path / "new", state()
+    for part in ("unet", "text_encoder", "vae"):
+        (old / part).mkdir(parents=True)
+    save_file(weights, old / "unet/diffusion_pytorch_model.safetensors")
+    shards = {f"pytorch_model-0000{i}-of-00003.bin": {name: weights[name]} for i, name in enumerate(weights, 1)}
+    for file, tensors in shards.items():
+        torch.save(tensors, old / "text_encoder" / file)
+    index = {
+        "metadata": {"total_size": 78},
+        "weight_map": {name: file for file, part in shards.items() for name in part},
+    }
+    (old / "text_encoder/pytorch_model.bin.index.json").write_text(json.dumps(index))
+    save_file({"of another": torch.zeros(1)}, old / "vae/model.safetensors")
+    torch.save(weights, old / "vae/pytorch_model.bin")
+    assert main(["convert", str(old), str(new)]) == 0
+    for part in ("unet", "text_encoder", "vae"):
+        assert_close(source_of(new / part).tensors(), weights, rtol=0, atol=0)
+    moved = read_json(new / "text_encoder/model.safetensors.index.json")
+    assert moved["metadata"] == index["metadata"] and sorted(p.name for p in (new / "text_encoder").iterdir()) == [
+        *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
+        "model.safetensors.index.json",
+    ]
 
 
 @pytest.mark.slow

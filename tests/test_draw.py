@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from nanodiffusion.config import SampleConfig
 from nanodiffusion.denoiser import PREDICTIONS, Denoiser
-from nanodiffusion.draw import GAIN, bounded, draw, make_ladder, shifted
+from nanodiffusion.draw import GAIN, bounded, draw, guided, make_ladder, shifted
+from nanodiffusion.errors import UserError
 from nanodiffusion.noise import LADDERS, SCHEDULES
 from nanodiffusion.sampler import ImageNoise
 
@@ -168,6 +169,24 @@ def test_guidance_leads_away_from_nothing_or_from_what_is_negative():
     torch.testing.assert_close(plain, ideal([3 * 0.7 - 2 * 0.0]), rtol=0, atol=1e-4)
     away = told([1], [0.5], guidance=3.0, negative={"pooled": torch.full((1, 2), 0.3)})
     torch.testing.assert_close(away, ideal([3 * 0.7 - 2 * 0.3]), rtol=0, atol=1e-4)
+
+
+class Outpaints(nn.Module):
+    takes = ("concat",)
+
+
+def test_nothing_can_be_left_out_of_a_model_that_is_told_only_what_is_known():
+    cond = {"concat": torch.zeros(2, *SHAPE)}
+    guided(Denoiser(Outpaints(), "eps"), cond, SampleConfig(guidance=1.0))
+    with pytest.raises(UserError, match="guidance needs a class"):
+        guided(Denoiser(Outpaints(), "eps"), cond, SampleConfig(guidance=3.0))
+
+
+@pytest.mark.parametrize(("labels", "wrong"), [([-1, 2], -1), ([0, 7, 9], 7)])
+def test_a_class_that_is_none_is_named(labels, wrong):
+    cond = {"label": torch.tensor(labels), "pooled": torch.zeros(len(labels), 2)}
+    with pytest.raises(UserError, match=f"found: {wrong}$"):
+        guided(Denoiser(Told(), "eps"), cond, SampleConfig())
 
 
 def test_noise_of_ones_own_takes_the_place_of_the_seeds():

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanodiffusion.cli import main
+from nanodiffusion.cli import guarded, main
 from nanodiffusion.cli import train as train_command
 
 pytest.importorskip("hydra")
@@ -341,6 +341,28 @@ def test_a_disk_that_fills_while_metrics_are_written_is_said_in_one_message(
 ):
     monkeypatch.setattr("nanodiffusion.tracking.Metrics.__call__", full_disk)
     assert "No space left" in fails(new, capsys)
+
+
+REFUSALS = [
+    (OSError(errno.ENOSPC, "No space left on device"), "the disk refused", "free some space"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk refused", "free some space"),
+    (PermissionError(errno.EACCES, "Permission denied", "a.png"), "the disk refused", "permissions"),
+    (OSError(errno.EIO, "Input/output error", "a.png"), "the disk refused", "the disk"),
+    (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "the connection failed", "the network"),
+    (ConnectionRefusedError(), "the connection failed", "the network"),
+    (TimeoutError("timed out"), "the connection failed", "the network"),
+]
+
+
+@pytest.mark.parametrize(("error", "said", "fix"), REFUSALS, ids=[type(row[0]).__name__ for row in REFUSALS])
+def test_only_a_full_disk_is_to_be_emptied(error: OSError, said: str, fix: str, capsys: pytest.CaptureFixture[str]):
+    def act() -> int:
+        raise error
+
+    assert guarded(act, "sample") == 2
+    told = capsys.readouterr().err
+    assert said in told and fix in told and (str(error.strerror or error) or type(error).__name__) in told
+    assert ("free some space" in told) == (fix == "free some space")
 
 
 def test_a_full_disk_keeps_the_batches_of_an_npz(

@@ -185,6 +185,7 @@ TABLE: dict[str, list[str]] = {
     f"{A} revision=main": ["revision", "main"],
     f"{B} model=INPAINT": ["inpainting U-Net", "mask=..."],
     f"{A} vae=none": ["none", "key vae"],
+    f"{A} vae=SDXL": ["does not belong", "key vae", "expected: scale 0.18215", "found: scale 0.13025"],
     f"{A} vae=CONTROL": ["controlnet", "expected: AutoencoderKL", "found: ControlNetModel"],
     # pictures
     f"{A} strength=0.5": ["strength", "image=..."],

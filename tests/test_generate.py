@@ -692,7 +692,7 @@ SMALL = Image.new("RGB", (56, 64))
         ({"prompt": "a", "brightness": float("inf")}, "must be a finite number"),
         ({"prompt": "a", "n": 2, "image": [picture(0), SMALL], "width": 64}, "do not go together"),
         ({"prompt": PROMPTS, "negative": ["a", "b", "c"]}, "one negative prompt, or one per prompt"),
-        ({"prompt": PROMPTS, "prompt_2": ["a"]}, "one per prompt"),
+        ({"prompt": PROMPTS, "prompt_2": ["a", "b", "c"]}, "or one per prompt"),
         ({"prompt": "a", "prompt_2": "b"}, "second"),
         ({"prompt": "a", "clip_skip": 9}, "clip_skip"),
         ({"prompt": "a", "embeddings": {"context": torch.zeros(1, 77, 32)}}, "embeddings take the place"),

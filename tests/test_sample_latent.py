@@ -21,6 +21,7 @@ from nanodiffusion.text.pooled import open_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = ("cat", "dog", "bird")
+WHERE = {"out": "", "npz": ".npz", "latents": ".safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +201,17 @@ def test_image_to_image_starts_from_the_encoded_picture(classes: Path, codec: Pa
     image = torch.from_numpy(np.asarray(Image.open(start)).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
         torch.testing.assert_close(x, load_codec(codec, device="cpu").encode(image).expand_as(x), rtol=0, atol=0.005)
+
+
+def test_samples_from_another_picture_of_the_same_name_are_others(
+    classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    start, words = tmp_path / "start.png", ["n=1", "steps=2", f"image={tmp_path / 'start.png'}"]
+    for level in (0, 200):
+        Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(start)
+        codes = [main(["sample", str(classes), *words, f"{key}={tmp_path / key}{end}"]) for key, end in WHERE.items()]
+        assert codes == ([2] * 3 if level else [0] * 3)
+    assert capsys.readouterr().err.count("key image_sha256") == 3
 
 
 # ---- classes

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from nanodiffusion.config import TrainConfig
 from nanodiffusion.data import TensorData, swiss_roll, two_moons
-from nanodiffusion.denoiser import Denoiser
+from nanodiffusion.denoiser import Denoiser, edm
 from nanodiffusion.distributed import World
 from nanodiffusion.errors import UserError
 from nanodiffusion.nets import IdealDenoiser, build_net
@@ -224,6 +224,20 @@ def test_of_too_many_processes_the_next_batch_that_fits_is_named(batch_size, acc
     with pytest.raises(UserError) as refused:
         Trainer(Denoiser(Line()), swiss_roll(50), DENSITY, config, World(size=processes))
     assert refused.value.details["fix"] == fix
+
+
+@pytest.mark.parametrize("key", ["steps", "batch_size", "accumulate", "max_bad_steps"])
+def test_nothing_is_done_no_times(key):
+    with pytest.raises(UserError, match="must be at least 1"):
+        next(fit(Denoiser(Line()), swiss_roll(50), DENSITY, **{key: 0}))
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.2])
+def test_the_weight_of_edm_makes_the_loss_of_its_net_even(sigma_data):
+    """lambda(sigma) c_out(sigma)^2 = 1 (Karras et al. 2022, table 1), for data of whatever deviation."""
+    D, sigma = Denoiser(Line(), edm(sigma_data)), torch.tensor([0.05, 1.0, 10.0])
+    weight = Trainer(D, swiss_roll(50), DENSITY, TrainConfig(weight={"name": "edm"})).plain_objective.weight
+    assert_close(weight(sigma, D.prediction.coefficients(sigma)[1]), torch.ones(3))
 
 
 # -- learning rates --------------------------------------------------------------------------------------------------

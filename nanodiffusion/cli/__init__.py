@@ -1,12 +1,15 @@
 """The command line. This module knows the commands and their help, and no torch: `--help` answers at once.
 
-Exit codes: 0 done, 2 the user's mistake or a disk's, 130 Ctrl-C, 143 SIGTERM (a run saves first).
+Exit codes: 0 done, 2 the user's mistake or a disk's, 130 Ctrl-C, 141 the reader of a pipe has gone, 143 SIGTERM (a run saves
+first).
 """
 
 import argparse
+import errno
 import os
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
@@ -14,21 +17,30 @@ from typing import NamedTuple, NoReturn
 from nanodiffusion import __version__
 from nanodiffusion.errors import UserError
 
+CONFIGS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs")
+RECIPES = sorted(name.removesuffix(".yaml") for name in os.listdir(CONFIGS) if name.endswith(".yaml"))
+
 TRAIN = """\
-RECIPE is a name (swissroll, digits, fashion-mnist, fashion-mnist-dit, cifar10, debug, full), a file of your own
-(my.yaml), or, with --config-dir, a name there. `full` sets every key there is and says what it means. On checkpoints of
-Stable Diffusion train sd- or sdxl- text-to-image, inpaint, controlnet, adapter and lora (sd-lora), and textual-inversion.
+RECIPE is a file of your own (my.yaml), a name in the folder given by --config-dir, or one of ours:
+
+{recipes}
+
+Those of sd and sdxl, and textual-inversion, train on checkpoints of Stable Diffusion. `full` (nanodiffusion/configs/full.yaml)
+sets every key there is and says what it means.
 Keys follow Hydra's grammar, and every key can be set, whether the recipe mentions it or not:
 
   nanodiffusion train digits lr=2e-4 net.channels=64 sample.sampler=heun
   nanodiffusion train digits net.name=dit net.depth=6      another component drops the recipe's options of the old one
   nanodiffusion train digits sample.sampler=euler          short for sample.sampler.name=euler
+  nanodiffusion train digits trackers=[tensorboard]        besides metrics.jsonl; mlflow and wandb too
   nanodiffusion train digits -m lr=1e-3,1e-4 seed=0,1      a sweep: four runs, each named after its keys
   torchrun --nproc_per_node 2 -m nanodiffusion train digits
   nanodiffusion train --config_path my.yaml steps=100      or NANO_DIFFUSION_TRAINING_CONFIG=my.yaml; one of the two
 
 The run lies in out/name (runs/RECIPE). The same command resumes it, whatever interrupted it; Ctrl-C and SIGTERM save.
-"""
+""".format(
+    recipes=textwrap.fill(" ".join(RECIPES), 120, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+)
 
 SAMPLE = """\
 RUN is a run's folder or one of its checkpoints (runs/x/checkpoint/best). Keys, with their defaults:
@@ -80,7 +92,7 @@ statistics; of a RUN it is its own training data.
   nanodiffusion sample runs/cifar10 n=50000 npz=samples.npz
   nanodiffusion evaluate samples.npz reference=cifar10
   nanodiffusion evaluate runs/digits features=small n=1437 force=true
-  nanodiffusion evaluate runs/digits features=small curve=guidance values=[1,1.5,2,3]
+  nanodiffusion evaluate runs/digits features=small force=true curve=guidance values=[1,1.5,2,3]
   nanodiffusion evaluate photos save=photos.npz            statistics, to be a reference later
 
   features=inception     the published Inception-v3 of 2015, 91 MB, downloaded once; only with these it is called FID.
@@ -267,7 +279,7 @@ COMMANDS = {
     "encode": Command("SOURCE out=DIR codec=PATH|none [key=value ...]", "pictures and captions to latents", ENCODE),
     "prepare": Command("SOURCE out=DIR [key=value ...]", "URLs, captioned folders and sets to shards", PREPARE),
     "report": Command("RUN", "write the run's report.html again"),
-    "demo": Command("[key=value ...]", "train on handwritten digits for three minutes, sample, report"),
+    "demo": Command("[key=value ...]", "train on handwritten digits for two minutes, sample, report"),
 }
 
 
@@ -401,14 +413,22 @@ def guarded(act: Callable[[], int], command: str) -> int:
     except UserError as e:
         return _fail(e)
     except OSError as e:
-        return _fail(
-            UserError(f"the disk refused: {e.strerror or e}", file=e.filename, fix="free some space, check it")
-        )
+        return _fail(_refusal(e))
     except (RuntimeError, MemoryError) as e:
         asked = re.search(r"tried to allocate [\d.]+ \w+", str(e), re.IGNORECASE)
         if type(e).__name__ not in ("OutOfMemoryError", "MemoryError") and not asked:
             raise
         return _fail(UserError("the memory is full", found=asked and asked[0], fix=SMALLER.get(command)))
+
+
+def _refusal(error: OSError) -> UserError:
+    """What the network, a full disk or a disk said."""
+    said = error.strerror or str(error) or type(error).__name__
+    if isinstance(error, ConnectionError | TimeoutError) and error.filename is None:
+        return UserError("the connection failed", found=said, fix="check the network, and try again")
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    fix = "free some space" if full else "check the path, its permissions and the disk"
+    return UserError(f"the disk refused: {said}", file=error.filename, fix=fix)
 
 
 def inert(text: str) -> str:

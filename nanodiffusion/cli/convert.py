@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nanodiffusion.cli.words import parse_value, read_pairs
 from nanodiffusion.errors import UserError, lookup
-from nanodiffusion.pretrained.weights import DTYPES, PICKLES, disk_errors, save, source_of
+from nanodiffusion.pretrained.weights import DTYPES, PICKLES, disk_errors, read_json, save, source_of, weight_map
 
 if TYPE_CHECKING:
     from nanodiffusion.pretrained import Bundle
@@ -217,8 +217,9 @@ def _beside(target: Path) -> Iterator[Path]:
 
 # -- a folder of pickles -------------------------------------------------------------------------------------------------
 
-KEPT = (".json", ".txt", ".model")
-RENAMED = {"pytorch_model": "model", "pytorch_model.fp16": "model.fp16"}
+KEPT = (".json", ".txt", ".model", ".safetensors")
+TORCH_NAME = re.compile(r"^pytorch_model\b")  # transformers' name of a pickle; that of safetensors is "model"
+ENDING = re.compile(rf"({'|'.join(map(re.escape, PICKLES))})(?=$|\.index\.)")
 
 
 def _pickles(folder: Path) -> list[Path]:
@@ -226,14 +227,24 @@ def _pickles(folder: Path) -> list[Path]:
 
 
 def _unpickle_folder(order: Order, target: Path) -> Iterator[str]:
-    """A diffusers folder with its pickles converted and its configs and vocabularies beside them."""
-    for file in sorted(order.source.rglob("*")):
-        place = target / file.relative_to(order.source)
-        if file.suffix in KEPT and file.is_file() and ".index." not in file.name:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
-    safe = {file: file.with_name(RENAMED.get(file.stem, file.stem) + ".safetensors") for file in _pickles(order.source)}
-    yield from unpickle(order, [(file, target / name.relative_to(order.source)) for file, name in safe.items()])
+    """A diffusers folder with its pickles and their indexes of shards converted, and all else that is read beside them."""
+    pickles = _pickles(order.source)
+    kept = [file for file in sorted(order.source.rglob("*")) if file.suffix in KEPT and file.is_file()]
+    place = {f: target / f.relative_to(order.source).with_name(_safe_name(f.name)) for f in [*pickles, *kept]}
+    converted = {place[file] for file in place if place[file].name != file.name}
+    for file in kept:
+        place[file].parent.mkdir(parents=True, exist_ok=True)
+        if place[file].name != file.name:
+            shards = {name: _safe_name(str(shard)) for name, shard in weight_map(file).items()}
+            place[file].write_text(json.dumps({**read_json(file), "weight_map": shards}, indent=2) + "\n")
+        elif place[file] not in converted:
+            shutil.copyfile(file, place[file])
+    yield from unpickle(order, [(file, place[file]) for file in pickles])
+
+
+def _safe_name(name: str) -> str:
+    """What a pickle, or an index of such, becomes: pytorch_model.bin.index.json model.safetensors.index.json."""
+    return ENDING.sub(".safetensors", TORCH_NAME.sub("model", name)) if ENDING.search(name) else name
 
 
 # -- the process that reads a pickle: its parent's side ------------------------------------------------------------------

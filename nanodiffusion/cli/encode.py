@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from nanodiffusion.cli.words import parse_value, read_pairs
+from nanodiffusion.cli.words import parse_value, read_pairs, take_first
 from nanodiffusion.config import check_options
 from nanodiffusion.distributed import world
 from nanodiffusion.encode import EncodeConfig, Encoder
@@ -18,9 +18,9 @@ NONE = ("", "none", "null")
 
 def main(args: Namespace) -> int:
     """Encode what was asked for, and say what there is."""
-    if not args.words or "=" in args.words[0]:
-        raise UserError("encode what?", expected="nanodiffusion encode SOURCE out=DIR codec=PATH|none [key=value ...]")
-    out, device, config = read_words(*args.words)
+    expected = "nanodiffusion encode SOURCE out=DIR codec=PATH|none [key=value ...]"
+    source, words = take_first(args.words, UserError("encode what?", expected=expected))
+    out, device, config = read_words(source, *words)
     with world(device) as w:
         tune(w.device)
         say: Callable[[str], None] = print if w.first else lambda text: None

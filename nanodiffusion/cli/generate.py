@@ -19,7 +19,7 @@ from nanodiffusion.cli.outputs import FOLDER, Names, check_output, recorders_of,
 from nanodiffusion.cli.parts import Loaded, load_parts
 from nanodiffusion.denoiser import Cond
 from nanodiffusion.distributed import pick_device
-from nanodiffusion.draw import make_step
+from nanodiffusion.draw import check_step
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.fast import tune
 from nanodiffusion.memory import GIB, Peak
@@ -27,8 +27,9 @@ from nanodiffusion.nets import net_size
 from nanodiffusion.noise import LADDERS
 from nanodiffusion.pretrained import Bundle
 from nanodiffusion.sampler import State
-from nanodiffusion.tasks import GenerateConfig, Job, between, complete, pictures, prepare
+from nanodiffusion.tasks import GenerateConfig, Inputs, Job, between, complete, pictures, prepare
 from nanodiffusion.tasks.conditions import encode
+from nanodiffusion.tasks.request import check_values
 from nanodiffusion.tasks.run import unit_noise
 from nanodiffusion.text.prompts import TextEncoder
 
@@ -53,7 +54,8 @@ def check_config(config: GenerateConfig) -> None:
     """UserError, before anything is loaded, for what needs no model to be seen."""
     if not config.prompt:
         raise UserError("there is no prompt", key="prompt", fix='nanodiffusion generate "a prompt" model=...')
-    make_step(config)
+    check_values(config, Inputs())
+    check_step(config)
     lookup(LADDERS, config.ladder.get("name"), "ladder")
 
 
@@ -106,11 +108,8 @@ def shots_of(loaded: Loaded, config: GenerateConfig, check: bool = False) -> lis
     """Every picture that a config asks for; with `check` each learned token must be in one of the prompts."""
     bundle = loaded.bundle
     config = complete(bundle, config, loaded.inputs)
-    p, b = len(config.prompt), len(config.prompt) * config.n
+    b = len(config.prompt) * config.n
     seeds = config.seeds or [config.seed + i for i in range(b)]
-    if len(config.negative) not in (0, 1, p):
-        found = len(config.negative)
-        raise UserError("one negative prompt, or one per prompt", key="negative", expected=p, found=found)
     if not all(0 <= seed < 2**63 for seed in seeds) or (not config.frames and len(seeds) != b):
         expected = f"{b} numbers from 0 up"
         raise UserError("every picture has a seed", key="seeds", expected=expected, found=seeds[:9])
@@ -200,7 +199,7 @@ def make(loaded: Loaded, batches: list[list[Shot]], output: Output, names: Names
                 text = text_of(settings(loaded, batch, place))
                 tqdm.write(str(show.save_png(made[place], names.next(batch[place].config.seed), text)))
                 images += [made[place]] if {"grid", "gif", "mp4"} & output.keys() else []
-    for path in write_rest(recorders, images, output, settings(loaded, batches[0], keep or 0)):
+    for path in write_rest(recorders, images, output, settings(loaded, batches[0], keep or 0), total):
         print(path)
 
 

@@ -52,6 +52,8 @@ def look(target: str) -> Facts:
         return of_run(path)
     if path.suffix in PICKLES and path.exists():
         raise pickled(path)
+    if path.suffix == ".yml":
+        return of_recipe(path)
     if path.suffix in readers:
         return readers[path.suffix](path)
     if path.exists():

@@ -101,9 +101,9 @@ def decoder(loaded: Loaded, preview: str | None) -> Callable[[Tensor], Tensor]:
 
 
 def write_rest(
-    recorders: dict[str, Any], images: list[Image.Image], output: Output, first: dict[str, Any]
+    recorders: dict[str, Any], images: list[Image.Image], output: Output, first: dict[str, Any], count: int
 ) -> Iterator[Path]:
-    """The grid, the films and the latents that are asked for; first: the settings of the first picture."""
+    """The grid, the films and the latents of `count` pictures that are asked for; first: the settings of the first."""
     if "grid" in output:
         yield show.save_png(sheet(images), output["grid"], text_of(first | {"grid": len(images)}))
     if "gif" in output or "mp4" in output:
@@ -112,4 +112,4 @@ def write_rest(
             if key in output:
                 yield save(frames, output[key], film_pace(frames))
     if "latents" in output:
-        yield recorders["latents"].save(output["latents"], {"generate": first | {"pictures": len(images)}})
+        yield recorders["latents"].save(output["latents"], {"generate": first | {"pictures": count}})

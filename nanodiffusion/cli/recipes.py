@@ -83,7 +83,9 @@ def _opened(file: str | Path) -> Any:
 
 def find_recipe(recipe: str, folder: str | Path | None = None) -> Path:
     """The file of a recipe: a path to a .yaml file, a name in `folder`, or a name of the package's own."""
-    if recipe.endswith((".yaml", ".yml")):
+    if recipe.endswith(".yml"):  # which Hydra does not compose
+        raise UserError("a recipe is a .yaml file", file=recipe, fix=f"rename it to {Path(recipe).stem}.yaml")
+    if recipe.endswith(".yaml"):
         if not Path(recipe).is_file():
             raise UserError("there is no such recipe", file=recipe, fix="give a file, or a name without .yaml")
         return Path(recipe).resolve()
@@ -141,7 +143,7 @@ def _merged(old: Any, new: Recipe, key: str = "") -> Recipe:
         old = {"name": old}
     if not isinstance(old, Mapping) or (key and "name" in new):
         return new
-    below = lambda k, v: _merged(old.get(k), v, f"{key}.{k}".lstrip(".")) if isinstance(v, Mapping) else v
+    below = lambda k, v: _merged(old.get(k), v, f"{key}.{k}".lstrip(".")) if isinstance(v, dict) else v
     return {**old, **{k: below(k, v) for k, v in new.items()}}
 
 

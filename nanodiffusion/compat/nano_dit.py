@@ -397,9 +397,9 @@ class NanoDiffusionTrainer:
     """Fits a model to batches of (latents, context); its arguments are those of that system's trainer.
 
     Numbers go to checkpoint_dir/metrics.jsonl, pictures of `validation_context` to checkpoint_dir/samples where there is a
-    `vae`, checkpoints to checkpoint_dir/checkpoint (step-* every save_every_n_epochs, and best). patience: validations
-    without improvement before training stops; 0 for never. UserError: no such loss, an empty loader, a loss that is
-    not finite.
+    `vae`, checkpoints to checkpoint_dir/checkpoint (step-* every save_every_n_epochs and at the end, and best).
+    patience: validations without improvement before training stops. Of these three numbers 0 is for never. UserError: no
+    such loss, an empty loader, a loss that is not finite.
     """
 
     def __init__(
@@ -464,7 +464,7 @@ class NanoDiffusionTrainer:
                 )
             loss = torch.stack(losses).mean().item()
             row = {"step": self.epoch, "loss_train": loss, "learning_rate": optimizer.param_groups[0]["lr"]}
-            due = self.epoch % self.validation_interval == 0
+            due = self._is_due(self.validation_interval)
             if due and val_dataloader is not None:
                 row |= self._validate(val_dataloader)
             metrics(row)
@@ -475,6 +475,9 @@ class NanoDiffusionTrainer:
             if self.patience and self.waited >= self.patience:
                 break
         metrics.close()
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.epoch % every == 0
 
     def _update(self, batch: Sequence[Tensor], optimizer: torch.optim.Optimizer, lr_scheduler: Any) -> Tensor:
         self.model.train()
@@ -523,7 +526,7 @@ class NanoDiffusionTrainer:
             if loss < self.best_val_loss:
                 self.best_val_loss = loss
                 self.save_checkpoint(self.epoch, optimizer, lr_scheduler, loss, is_best=True)
-        if self.epoch % self.save_every_n_epochs == 0 or self.epoch == epochs - 1:
+        if self._is_due(self.save_every_n_epochs) or self.epoch == epochs - 1:
             self.save_checkpoint(self.epoch, optimizer, lr_scheduler, row["loss_train"] if loss is None else loss)
 
     def save_checkpoint(

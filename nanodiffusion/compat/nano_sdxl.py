@@ -209,7 +209,8 @@ class _Published(nn.Module):
         tensors = source.tensors()
         net = cls(cls._of_shapes(source.shapes))
         net.load_state_dict(tensors, strict=False)
-        return net.to(device, next(iter(tensors.values())).dtype).eval().requires_grad_(False)
+        dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
+        return net.to(device, dtype).eval().requires_grad_(False)
 
 
 class _OfBase(_Published):

@@ -33,7 +33,7 @@ class GenerateConfig(SampleConfig):
     """
 
     prompt: list[str] = field(default_factory=list)
-    prompt_2: list[str] = field(default_factory=list)  # SDXL's second encoder reads this instead
+    prompt_2: list[str] = field(default_factory=list)  # what SDXL's second encoder reads; one, or one per prompt
     negative: list[str] = field(default_factory=list)  # one, or one per prompt
     n: int = 1  # pictures per prompt
     steps: int = 30
@@ -117,25 +117,28 @@ def _plain(key: str, value: Any) -> Any:
 
 def complete(bundle: Bundle, config: GenerateConfig, inputs: Inputs) -> GenerateConfig:
     """The config with the defaults of the family and of the pictures filled in; UserError for what cannot be."""
-    _check_words(config, inputs)
+    check_values(config, inputs)
     _check_pictures(bundle, config, inputs)
     width, height = size_of(bundle, config, inputs)
     strength = config.strength
     if strength is None and inputs.image is not None:
         strength = 0.8 if inputs.mask is None else 1.0
     guidance = bundle.family.guidance if config.guidance is None else config.guidance
-    return replace(config, width=width, height=height, strength=strength, guidance=guidance)
+    second = config.prompt_2 * (len(config.prompt) if len(config.prompt_2) == 1 else 1)
+    return replace(config, width=width, height=height, strength=strength, guidance=guidance, prompt_2=second)
 
 
-def _check_words(config: GenerateConfig, inputs: Inputs) -> None:
+def check_values(config: GenerateConfig, inputs: Inputs) -> None:
+    """UserError for what no model could make, whatever its pictures."""
     if inputs.embeddings is None and not config.prompt:
         raise UserError(
             "there is no prompt", key="prompt", expected="a text, a list of texts, or embeddings", found="[]"
         )
     if inputs.embeddings is not None and (config.prompt or config.prompt_2 or config.negative):
         raise UserError("embeddings take the place of prompts", key="embeddings", fix="leave one of them out")
-    if config.prompt_2 and len(config.prompt_2) != len(config.prompt):
-        raise UserError("one per prompt", key="prompt_2", expected=len(config.prompt), found=len(config.prompt_2))
+    for key, what in (("negative", "one negative prompt"), ("prompt_2", "one prompt for the second encoder")):
+        if (given := len(getattr(config, key))) not in (0, 1, len(config.prompt)):
+            raise UserError(f"{what}, or one per prompt", key=key, expected=len(config.prompt), found=given)
     for key in ("n", "loss_every"):
         if getattr(config, key) < 1:
             raise UserError("must be at least 1", key=key, found=getattr(config, key))

@@ -92,6 +92,7 @@ def table(row: Mapping[str, Any]) -> Iterator[str]:
 def write(task: Task, row: Mapping[str, Any], suffix: str = "") -> Path:
     """The JSON beside what was evaluated, or where out= says."""
     where = Path(task.where)
+    where = where.resolve() if where.name in ("", "..") else where  # "." has a name too
     own = where / f"evaluation{suffix}.json" if task.is_run else where.with_name(f"{where.name}.evaluation.json")
     path = Path(task.options["out"]) if "out" in task.options else own
     with show.atomic(path) as part:

@@ -9,7 +9,7 @@ import torch
 
 from nanodiffusion.cli.runs import refuse_several
 from nanodiffusion.cli.sample.conditions import Asked
-from nanodiffusion.cli.words import read_options
+from nanodiffusion.cli.words import read_options, take_first
 from nanodiffusion.distributed import pick_device
 from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.evaluate.images import Images
@@ -63,10 +63,10 @@ class Task(NamedTuple):
 
 def read_task(words: Sequence[str]) -> Task:
     """The words of the command. UserError: no SAMPLES, unknown keys, metrics, resizes, or numbers that cannot be."""
-    if not words or "=" in words[0]:
-        expected = "nanodiffusion evaluate SAMPLES reference=REFERENCE key=value ..."
-        raise UserError("evaluate what?", expected=expected, fix="an .npz, a folder of images, or a run")
-    options, changes = read_options(words[1:], typing.get_type_hints(Options))
+    expected = "nanodiffusion evaluate SAMPLES reference=REFERENCE key=value ..."
+    missing = UserError("evaluate what?", expected=expected, fix="an .npz, a folder of images, or a run")
+    where, words = take_first(words, missing)
+    options, changes = read_options(words, typing.get_type_hints(Options))
     for key, least in (("n", 1), ("batch", 1), ("size", 0), ("seed", 0)):
         if options.get(key, least) < least:
             raise UserError(f"must be at least {least}", key=key, found=options[key])
@@ -75,11 +75,11 @@ def read_task(words: Sequence[str]) -> Task:
     metrics = tuple(asked if isinstance(asked, list) else [asked])
     for name in metrics:
         lookup(METRICS, name, "metrics")
-    task = Task(words[0], options, changes, metrics, torch.device("cpu"))
+    task = Task(where, options, changes, metrics, torch.device("cpu"))
     if not task.is_run:
         refuse_several(task.where, "evaluate")
         if odd := [k for k in (*changes, *OF_A_RUN) if k in changes or k in options]:
-            raise UserError(f"{odd[0]} is for a run, which draws its images", file=words[0], key=odd[0])
+            raise UserError(f"{odd[0]} is for a run, which draws its images", file=where, key=odd[0])
     return task._replace(device=pick_device(options.get("device", "auto")))
 
 

@@ -16,7 +16,7 @@ from nanodiffusion.cli.runs import refuse_several
 from nanodiffusion.cli.sample.conditions import Asked
 from nanodiffusion.cli.sample.files import write
 from nanodiffusion.cli.sample.job import FILES, PICTURES, Job, open_job
-from nanodiffusion.cli.words import read_options
+from nanodiffusion.cli.words import read_options, take_first
 from nanodiffusion.distributed import world
 from nanodiffusion.draw import begin
 from nanodiffusion.errors import UserError
@@ -57,9 +57,8 @@ class Options(Asked, total=False):
 
 def main(args: Namespace) -> int:
     """Load the run and write what was asked for."""
-    if not args.words or "=" in args.words[0]:
-        raise UserError("which run?", expected="nanodiffusion sample RUN key=value ...", fix="a folder, e.g. runs/demo")
-    path, *words = args.words
+    missing = UserError("which run?", expected="nanodiffusion sample RUN key=value ...", fix="a folder, e.g. runs/demo")
+    path, words = take_first(args.words, missing)
     options, changes = read_words(words)
     refuse_several(path, "sample")
     with world(options.get("device", "auto")) as w:

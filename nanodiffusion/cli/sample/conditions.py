@@ -23,7 +23,7 @@ Asked = TypedDict(
     "Asked",
     {
         "class": int | str | list | None,
-        "text": int | float | bool | str | list | None,
+        "text": str | list | None,
         "negative": str,
         "encoder": str,
     },

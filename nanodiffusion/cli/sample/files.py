@@ -124,7 +124,7 @@ class Array:
     """All samples in one file, batch by batch beside it, then joined.
 
     npz: arr_0 (n h w c) uint8, or x (n d) float32 of points, for evaluation; latents: x (n c h w) float32, in an .npz or a
-    .safetensors. With label (n), where there are classes. UserError where the file, or the batches of an earlier call,
+    .safetensors. With labels (n), where there are classes. UserError where the file, or the batches of an earlier call,
     were made with other settings.
     """
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from nanodiffusion.fast import adapt
 from nanodiffusion.outpaint import SIDES, panorama
 from nanodiffusion.run import Run, load_run
 from nanodiffusion.sampler import ImageNoise, State
-from nanodiffusion.tensors import content_hash
+from nanodiffusion.tensors import content_hash, file_sha256
 
 NOISES = ("seed", "slerp")  # of frames: one seed's for all, or on the way from seed to seed
 ROWS = 20  # of a picture of trajectories, at most
@@ -145,6 +146,7 @@ def open_job(path: str, options: dict[str, Any], changes: dict[str, Any], w: Wor
     _check_outpainting(run, options)
     if "concat" in getattr(run.denoiser.net, "takes", ()):
         wanted = _outpainting(run, wanted)
+    x0 = read_start(options["image"], run) if "image" in options else None
     settings = settings_of(path, run, config, options, wanted)
     return Job(
         run,
@@ -153,7 +155,7 @@ def open_job(path: str, options: dict[str, Any], changes: dict[str, Any], w: Wor
         wanted,
         noise,
         other,
-        read_start(options["image"], run) if "image" in options else None,
+        x0,
         options.get("strength", 1.0),
         options.get("batch", 64),
         (options.get("brightness", 0.0), options.get("sharpness", 0.0)),
@@ -167,6 +169,7 @@ def settings_of(path: str, run: Run, config: SampleConfig, options: Mapping[str,
     """What makes the same samples again, as it is written into files."""
     seed, best = options.get("seed", 0), options.get("best", False)
     told = {"class": None, **w.told, **{k: options[k] for k in RECORDED if k in options}}
+    told |= {"image_sha256": file_sha256(Path(options["image"]))} if "image" in options else {}
     return {
         "nanodiffusion": __version__,
         "run": str(path),
