@@ -167,6 +167,7 @@ def end(code: int) -> NoReturn:
 
 # -- starting them from Python -------------------------------------------------------------------------------------------
 
+SAVING = 60.0  # that processes have to save in, once they are interrupted
 SECONDS = 10.0  # that processes have to end by themselves once another one failed
 
 
@@ -212,16 +213,20 @@ def _start_and_wait(told: tuple[Any, ...], processes: int, method: str) -> None:
     except Exception as e:  # of many kinds, before any of them runs
         fix = "what a module defines, made of plain values"
         raise UserError("this cannot be sent to another process", found=str(e).split("\n")[0], fix=fix) from None
+    left = SECONDS
     try:
         while not context.join(grace_period=SECONDS):
             pass
+    except KeyboardInterrupt:  # they were interrupted too, and save; who does it again does not wait
+        left = SAVING
+        raise
     except ProcessException as e:
         errors = [json.loads(path.read_text()) for path in folder.glob("*.error")]
         silent = {"at": math.inf, "rank": e.error_index, "error": str(e), "trace": ""}
         raise _as_here(min([*errors, silent], key=lambda error: error["at"]), processes) from None
     finally:
-        for process in context.processes:  # where the caller was interrupted: they were too, and save
-            process.join(SECONDS)
+        for process in context.processes:
+            process.join(left)
             process.kill()
 
 

@@ -1,7 +1,8 @@
 """A run read back from nothing but its folder: the denoiser that was trained there, with its config, codec and pictures.
 
 out/name/  config.json environment.json data.json metrics.jsonl samples/ samples.png trajectory.gif report.html
-           pictures.safetensors (what its pictures are drawn from), codec/ (of an autoencoder: what `codec=` takes)
+           finished.json (of a run that left all of these), pictures.safetensors (what its pictures are drawn from),
+           codec/ (of an autoencoder: what `codec=` takes), unet/, lora.safetensors, ... (of one on a checkpoint)
            checkpoint/step-00001000/  model, ema-0, ..., optimizer (safetensors), state.json, manifest.json; checkpoint/best
 
 `runner` writes it.
@@ -94,7 +95,8 @@ class Run:
 
 
 def _root(path: Path) -> Path:
-    return path.parents[1] if path.parent.name == "checkpoint" else path
+    own = path.parent.name == "checkpoint" and (path / "manifest.json").is_file()
+    return path.parents[1] if own else path
 
 
 def find_checkpoint(path: str | Path, best: bool = False) -> Checkpoint:

@@ -115,11 +115,12 @@ class Runner:
         self.task = make_task(config)
         denoiser = make_denoiser(config)
         data, held_out = (d and self.task.prepared(d, denoiser) for d in (data, held_out))
-        self.data = data
         self.task.check(denoiser, config, data.shape)
         self.notes = self._start_from(denoiser.net)
         self.flops = self.task.flops(denoiser)
         adapt(denoiser.to(world.device))
+        data, held_out = (d and d.to(world.device) for d in (data, held_out))
+        self.data = data
         self.trainer = Trainer(denoiser, data, self.density, config, world)
         self.trainer.emas += getattr(denoiser, "averages", list)()
         given = data.batch(torch.zeros(1, dtype=torch.int64))[1]
@@ -140,7 +141,8 @@ class Runner:
         self._prepare_folder()
         self._resume()
         self.metrics = Metrics(self.folder / "metrics.jsonl", self.trainer.step) if world.first else lambda row: None
-        self.trackers = open_trackers(config.trackers, self.folder, asdict(config)) if world.first else []
+        own = (self.folder, asdict(config), self.trainer.step)
+        self.trackers = open_trackers(config.trackers, *own) if world.first else []
 
     # beginnings
 
@@ -165,8 +167,9 @@ class Runner:
 
     @property
     def afresh(self) -> bool:
-        """Whether what lies in the folder is to go; not when torchrun starts processes again that died."""
-        return self.config.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        """Whether what lies in the folder is to go; not when torchrun or Slurm starts again what ended early."""
+        again = any(os.environ.get(f"{starter}_RESTART_COUNT", "0") != "0" for starter in ("TORCHELASTIC", "SLURM"))
+        return self.config.overwrite and not again
 
     def _prepare_folder(self) -> None:
         if not self.world.first:
@@ -275,7 +278,7 @@ class Runner:
                 raise
         if self.world.max(not (self.folder / "checkpoint").exists()):  # of a run of no step
             self.save()
-        self._publish()
+        self.publish()
         return reason or "done"
 
     def _due(self, every: int) -> bool:
@@ -452,7 +455,7 @@ class Runner:
         for tracker in self.trackers:
             tracker.image(path, self.trainer.step)
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """What comes of a run besides checkpoints, by the first average."""
         if not self.world.first:
             return

@@ -4,13 +4,16 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import typing
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,18 +24,21 @@ from nanodiffusion.checkpoint import checkpoints
 from nanodiffusion.cli import main
 from nanodiffusion.cli import sample as sample_command
 from nanodiffusion.cli import train as train_command
-from nanodiffusion.cli.recipes import CONFIGS, component_keys, parse_overrides
-from nanodiffusion.cli.sample import Options
+from nanodiffusion.cli.evaluate.task import read_task
+from nanodiffusion.cli.recipes import CONFIGS, VARIABLE, component_keys, parse_overrides
+from nanodiffusion.cli.sample import Options, read_words
 from nanodiffusion.cli.train import plan
-from nanodiffusion.cli.words import parse_value
+from nanodiffusion.cli.words import parse_value, take_first
 from nanodiffusion.config import Config
 from nanodiffusion.data import DATASETS
 from nanodiffusion.denoiser import CLOCKS, DISTANCES, PREDICTIONS, WEIGHTS
 from nanodiffusion.ema import PROFILES
+from nanodiffusion.errors import UserError
 from nanodiffusion.finetune import FINETUNES
 from nanodiffusion.nets import NETS
 from nanodiffusion.noise import DENSITIES, LADDERS, SCHEDULES
 from nanodiffusion.objective import TASKS, make_density, make_schedule, make_task
+from nanodiffusion.runner import Runner
 from nanodiffusion.sampler import STEPS
 from nanodiffusion.tensors import load_tensors
 from nanodiffusion.tracking import TRACKERS
@@ -55,6 +61,7 @@ checkpoint_every: 6
 sample: {sampler: euler, ladder: karras, steps: 3, guidance: 1.5, n: 6}
 """
 TIMES = ("images_per_s", "seconds", "memory_gb")
+MISSING = UserError("of what?")
 
 
 @pytest.fixture(scope="module")
@@ -320,12 +327,65 @@ def test_a_sweep_is_the_product_and_names_each_run():
         "[a,'1']",
         "[]",
         "inf",
+        "007",
+        "1_000",
+        "['a cat, red',a dog]",
+        '[ "a, b" , c]',
     ],
 )
 def test_sample_reads_values_as_hydra_does(text: str):
     expected = parse_overrides([f"x={text}"])[0].value()
     assert parse_value(text) == expected
     assert type(parse_value(text)) is type(expected)
+
+
+def test_a_text_stays_as_it_is_typed():
+    for text in ("007", "1_000", "1e3", "true", "it's"):
+        assert read_words([f"text={text}"])[0] == {"text": text}
+    listed, _ = read_words(["text=[007, a dog's bone, a cat's toy, 'red, blue', null]"])
+    assert listed == {"text": ["007", "a dog's bone", "a cat's toy", "red, blue", None]}
+
+
+# ---- the first word
+
+
+@pytest.mark.parametrize("reader", [lambda word: read_task([word]).where, lambda word: take_first([word], MISSING)[0]])
+def test_a_path_with_an_equals_sign_is_a_path(reader: Callable[[str], str], tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    for path in ("runs/digits,lr=0.001", "digits,lr=0.001", "./n=3", "lr=1", str(tmp_path / "lr=1")):
+        assert reader(path) == path
+    for word in ("n=3", "sampler.order=3", "text=a/b"):
+        with pytest.raises(UserError, match="what"):
+            reader(word)
+
+
+def test_a_run_of_a_sweep_is_sampled(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = shutil.copytree(trained, tmp_path / "tiny,lr=0.001,seed=0")
+    assert arrays(run, tmp_path / "x.npz", "n=1", "steps=1")["arr_0"].shape == (1, 4, 4, 1)
+    assert main(["sample", f"{tmp_path}/tiny,lr=0.1"]) == 2
+    assert "no such run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("words", [["train", "my.yml"], ["train", "--config_path", "my.yml"], ["info", "my.yml"]])
+def test_a_recipe_that_cannot_be_composed_for_its_ending_is_to_be_renamed(
+    words: list[str], beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    Path("my.yml").write_text("defaults: [debug, _self_]\n")
+    if beside:
+        Path("my.yaml").write_text("defaults: [debug, _self_]\n")
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "file my.yml" in error and "rename it to my.yaml" in error
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/x", "x/"])
+def test_a_runs_name_is_one_folders(name: str):
+    with pytest.raises(UserError, match="key name"):
+        plan("debug", [f"name='{name}'"])
+    assert one("debug", "name='a, b=1'").name == "a, b=1"
 
 
 # ---- train
@@ -401,7 +461,6 @@ def test_a_finished_run_says_so_and_how_to_go_on(
 ):
     words = ["train", str(tiny), f"out={tmp_path}", "steps=2"]
     assert main(words) == 0
-    (tmp_path / "tiny/report.html").touch()
     before = weights(tmp_path / "tiny")
     assert main(words) == 0
     told = capsys.readouterr().out
@@ -411,6 +470,78 @@ def test_a_finished_run_says_so_and_how_to_go_on(
     assert str(weights(tmp_path / "tiny")) == str(before)
     assert main(more.split()) == 0
     assert (tmp_path / "tiny/checkpoint/step-00000004").is_dir()
+
+
+def test_what_a_run_did_not_leave_when_it_ended_the_same_command_leaves(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    published, report = [], tmp_path / "tiny/report.html"
+
+    def publish(runner: Runner) -> None:
+        published.append(runner.trainer.step)
+        if len(published) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, "publish", publish)
+    monkeypatch.setitem(train_command.DRAWINGS, "denoise", lambda runner, say: None)
+    words = ["train", str(tiny), f"out={tmp_path}"]
+    assert main([*words, "steps=2"]) == 0
+    before = report.read_bytes()
+    assert main([*words, "steps=4"]) == 130
+    assert report.read_bytes() == before
+    assert main([*words, "steps=4"]) == 0
+    assert report.read_bytes() != before
+    assert main([*words, "steps=4"]) == 0
+    assert published == [2, 4, 4]
+
+
+def test_a_run_that_was_to_start_afresh_is_stopped_with_a_command_that_keeps_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(Runner, "run", lambda runner, each: "signal")
+    assert main(["train", str(tiny), f"out={tmp_path}", "overwrite=true"]) == 143
+    assert "the same command without overwrite=true goes on" in capsys.readouterr().out
+
+
+def test_to_go_on_goes_on_where_patience_ended_a_run(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], without_pictures: None
+):
+    (tmp_path / "still.yaml").write_text(
+        tiny.read_text().replace("validate_every: 4", "validate_every: 1") + "lr: 0.0\npatience: 2\n"
+    )
+    words = ["train", str(tmp_path / "still.yaml"), f"out={tmp_path}"]
+    assert main(words) == 0 == main(words)
+    told = capsys.readouterr().out
+    assert "finished: no better validation loss for 2 validations, step 3" in told
+    more = re.search(r"to go on: nanodiffusion (.*)", told)[1]
+    assert more.endswith("steps=24 patience=0") and main(more.split()) == 0
+    assert (tmp_path / "still/checkpoint/step-00000024").is_dir()
+
+
+def test_to_go_on_works_where_the_environment_names_the_recipe(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    without_pictures: None,
+):
+    monkeypatch.setenv(VARIABLE, str(tiny))
+    words = ["train", f"out={tmp_path}", "steps=1"]
+    assert main(words) == 0 == main(words)
+    command = shlex.split(re.search(r"to go on: (.*)", capsys.readouterr().out)[1])
+    assert command[:4] == ["env", "-u", VARIABLE, "nanodiffusion"]
+    monkeypatch.delenv(VARIABLE)
+    assert main(command[4:]) == 0
+    assert (tmp_path / "tiny/checkpoint/step-00000002").is_dir()
+
+
+def test_the_next_commands_of_an_autoencoder_of_a_sweep_train_one_run(tmp_path: Path):
+    config = one("autoencoder", "name='ae,lr=0.1'")
+    runner = SimpleNamespace(folder=tmp_path / config.name, config=config, data=SimpleNamespace(shape=(3, 8, 8)))
+    encode, then = map(shlex.split, train_command.TRIES["autoencode"](runner))
+    (out,) = (word.removeprefix("out=") for word in encode if word.startswith("out="))
+    (override,) = parse_overrides(then[3:])
+    assert (override.key_or_group, override.is_sweep_override(), override.value()) == ("data.path", False, out)
 
 
 def test_a_sweep_trains_every_run_and_one_that_fails_stops_no_other(
@@ -431,6 +562,20 @@ def test_dry_run_prints_a_recipe_and_the_net(tiny: Path, tmp_path: Path, capsys:
     assert re.search(r"^parameters: [\d,]+$", told, re.MULTILINE)
     (tmp_path / "again.yaml").write_text("\n".join(lines[:-3]))
     assert one(str(tmp_path / "again.yaml")) == one(str(tiny), f"out={tmp_path}", "lr=0.5")
+
+
+@pytest.mark.parametrize("recipe", ["sd-lora", "textual-inversion", "distill"])
+def test_a_recipe_on_a_base_that_is_not_here_is_printed_and_nothing_fetched(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nanodiffusion.finetune.base.Finetune.loaded", lambda *_: pytest.fail("the base is loaded"))
+    for words in (["info", recipe], ["train", recipe, "--dry-run"]):
+        assert main(words) == 0
+        told = capsys.readouterr().out
+        assert re.search(r"^task:? .*base: ", told, re.MULTILINE) and re.search(
+            r"^parameters:? +not counted", told, re.M
+        )
 
 
 def test_missing_matplotlib_costs_pictures_and_no_run(
@@ -614,7 +759,7 @@ def test_info_says_that_an_autoencoder_is_one(tiny: Path, tmp_path: Path, capsys
     assert not {"prediction", "schedule", "sampler", "ladder"} & told.keys()
 
 
-@pytest.mark.parametrize("command", ["sample", "info", "evaluate"])
+@pytest.mark.parametrize("command", ["sample", "info", "evaluate", "report"])
 def test_a_folder_of_runs_is_refused_with_their_names(
     command: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -632,6 +777,13 @@ def test_report_writes_the_page_again(trained: Path):
     page.write_text("")
     assert main(["report", str(trained)]) == 0
     assert page.read_text() == before
+
+
+def test_report_writes_nothing_into_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "a.txt").write_text("mine")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no such run" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
 # ---- several processes

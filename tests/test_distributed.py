@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import torch
 from tiny import IMAGES, POINTS, images, make_runner, rows, saved
 from torch.testing import assert_close
 
+from nanodiffusion import distributed
 from nanodiffusion.checkpoint import latest
 from nanodiffusion.distributed import World, launch, pick_device, world
 from nanodiffusion.errors import UserError
@@ -290,6 +292,21 @@ def test_what_a_launched_process_leaves_behind_is_done_before_it_ends(tmp_path, 
     expected = [f"{what}-{rank}" for what in ("handler", "thread") for rank in (0, 1)]
     assert sorted(path.name for path in tmp_path.iterdir()) == expected
     assert sorted(capfd.readouterr().out.splitlines()) == ["the last words of 0", "the last words of 1"]
+
+
+def saves_for_long(folder: Path) -> None:
+    """A process that takes longer to save, once its caller is interrupted, than one may that is of no use any more."""
+    if os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(1)
+    (folder / f"saved-{os.environ['RANK']}").touch()
+
+
+def test_processes_save_before_an_interrupted_launch_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "SECONDS", 0.2)
+    with pytest.raises(KeyboardInterrupt):
+        launch(saves_for_long, (tmp_path,))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved-0", "saved-1"]
 
 
 KEPT = []

@@ -13,6 +13,7 @@ import skimage.data
 import torch
 from PIL import Image
 from tiny import rows
+from tuning import prepare, recipe
 
 from nanodiffusion.checkpoint import save_checkpoint
 from nanodiffusion.cli.asked import Asked, Helper, LoraFile, Named, TokenFile, asked_of, config_of, read_words
@@ -22,6 +23,7 @@ from nanodiffusion.cli.train import plan
 from nanodiffusion.config import Config, option_types, read_config
 from nanodiffusion.data import pictures
 from nanodiffusion.data.controls import CONTROLS
+from nanodiffusion.data.pictures import Pictures
 from nanodiffusion.distributed import World
 from nanodiffusion.errors import UserError
 from nanodiffusion.finetune import FINETUNES
@@ -89,6 +91,30 @@ def test_settings_are_those_of_the_published_trainings():
 def test_the_grid_shows_the_word_that_is_trained():
     assert one("textual-inversion").sample.prompts == ["a photo of <new>"]
     assert one("textual-inversion", "task.token='<mine>'").sample.prompts == ["a photo of <mine>"]
+
+
+def test_pictures_are_asked_for_where_the_net_is(tmp_path, monkeypatch):
+    asked, batch = [], Pictures.batch
+
+    def told(data, index, u=None):
+        asked.append(data.device)
+        return batch(data, index, u)
+
+    monkeypatch.setattr(Pictures, "batch", told)
+    there = World(device=torch.device("cpu", 0))  # another name of the CPU, as the data's own is "cpu"
+    options = recipe("lora", prepare(tmp_path), out=str(tmp_path), validation=0.5, validate_every=1, sample_every=1)
+    options |= {"sample": {"steps": 1, "n": 1}, "steps": 1}
+    Runner(read_config(options), there, lambda text: None).run()
+    assert set(asked) == {there.device}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("task", FINETUNES)
+def test_every_task_trains_on_a_gpu(tmp_path, task):
+    here = World(device=torch.device("cuda"))
+    runner = Runner(read_config(recipe(task, prepare(tmp_path), out=str(tmp_path), steps=2)), here, lambda text: None)
+    assert runner.run() == "done"
+    assert next(runner.trainer.denoiser.net.parameters()).is_cuda
 
 
 # -- what is said of a run that is over --------------------------------------------------------------------------------

@@ -186,6 +186,13 @@ def test_overwrite_starts_afresh(tmp_path):
     assert [f.name for f in checkpoints(tmp_path / "run/checkpoint")] == ["step-00000002"]
 
 
+@pytest.mark.parametrize("starter", ["TORCHELASTIC", "SLURM"])
+def test_what_starts_a_run_again_does_not_start_it_afresh(tmp_path, monkeypatch, starter):
+    make_runner(tmp_path, POINTS, steps=4, overwrite=True).run()
+    monkeypatch.setenv(f"{starter}_RESTART_COUNT", "1")
+    assert make_runner(tmp_path, POINTS, steps=6, overwrite=True).trainer.step == 4
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null"])
 def test_a_damaged_config_file_is_one_message(tmp_path, content):
     make_runner(tmp_path, POINTS, steps=2).run()
@@ -386,6 +393,13 @@ def test_snapshots_are_written_for_power_averages_only(tmp_path):
     assert all(torch.equal(v, runner.trainer.emas[1].tensors[k]) for k, v in last.items())
 
 
+def test_a_folder_of_runs_may_be_called_checkpoint(tmp_path):
+    make_runner(tmp_path / "checkpoint", POINTS, steps=2).run()
+    assert load_run(tmp_path / "checkpoint/run").root == tmp_path / "checkpoint/run"
+    newest = tmp_path / "checkpoint/run/checkpoint/step-00000002"
+    assert load_run(newest).root == tmp_path / "checkpoint/run"
+
+
 def test_a_run_reads_back_from_its_folder_alone(tmp_path):
     runner = make_runner(tmp_path, {**IMAGES, "data": images(tmp_path), "steps": 3})
     runner.run()
@@ -414,6 +428,17 @@ def test_a_run_reads_back_from_its_folder_alone(tmp_path):
         {"schedule": {"name": "nothing"}},
         {"ema": [{"name": "power", "sigma_rel": 3.0}]},
         {"optimizer": {"name": "Adamm"}},
+        {"sample": {"sampler": {"name": "gradient_estimation", "mu": 1.0}}},
+        {"sample": {"sampler": {"name": "unipc", "order": 0}}},
+        {"sample": {"sampler": {"name": "lms", "order": 0}}},
+        {"sample": {"sampler": {"name": "heun", "churn": -0.5}}},
+        {"sample": {"sampler": {"name": "dpmpp_2m_sde", "eta": -1.0}}},
+        {"sample": {"ladder": {"name": "karras", "rho": 0.0}}},
+        {"schedule": {"name": "log_linear", "sigma_min": 0.0}},
+        {"density": {"name": "log_uniform", "sigma_min": 0.0}},
+        {"density": {"name": "beta", "a": 0.0}},
+        {"lr_schedule": {"name": "rsqrt", "hold": 0}},
+        {"lr_schedule": {"name": "constant", "warmup": -5}},
     ],
     ids=str,
 )

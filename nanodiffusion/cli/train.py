@@ -1,5 +1,8 @@
 """`nanodiffusion train RECIPE key=value ...`: compose, check, train or resume, then pictures and the report."""
 
+import json
+import os
+import re
 import shlex
 import sys
 import time
@@ -12,8 +15,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
+from nanodiffusion import show
 from nanodiffusion.cli.pictures import draw_run
-from nanodiffusion.cli.recipes import compose, config_file, expand, find_recipe, flow, parse_overrides
+from nanodiffusion.cli.recipes import VARIABLE, compose, config_file, expand, find_recipe, flow, parse_overrides
 from nanodiffusion.config import Config, read_config
 from nanodiffusion.data.files import SPLITS
 from nanodiffusion.distributed import world
@@ -23,11 +27,11 @@ from nanodiffusion.nets import net_size
 from nanodiffusion.objective import fit_net, make_denoiser, make_task
 from nanodiffusion.report import load_metrics, write_report
 from nanodiffusion.run import generation, load_run, make_data
-from nanodiffusion.runner import Runner
-from nanodiffusion.show import loss_plot, save_png
+from nanodiffusion.runner import Runner, read_json
 from nanodiffusion.train import Step
 
 Say = Callable[[str], None]
+FINISHED = "finished.json"  # the step at which everything that comes of a run was left in its folder
 
 
 def main(args: Namespace) -> int:
@@ -81,7 +85,15 @@ def plan(
             options["name"] = f"{options['name']},{suffix}".replace("/", "-")
             own = [*(w for w in own if not w.startswith("name=")), f"name='{options['name']}'"]
         plans.append(Plan(read_config(options), own))
+        _check_name(plans[-1].config)
     return plans
+
+
+def _check_name(config: Config) -> None:
+    """UserError for a name that would make out=, or a folder elsewhere, the run's."""
+    if config.name in ("", "..") or Path(config.name).name != config.name:
+        fix = "a name without /; out=FOLDER is where the runs are"
+        raise UserError("a run's name is that of a folder in out=", key="name", found=repr(config.name), fix=fix)
 
 
 def _one_of_many(config: Config, command: Sequence[str]) -> int:
@@ -102,9 +114,10 @@ def train(config: Config, command: Sequence[str] = ("nanodiffusion", "train", "R
         say: Say = print if w.first else lambda text: None
         runner = Runner(config, w, say)
         if ended := finished(runner):
-            say(f"{runner.folder} is finished: {ended}\nto go on: {_longer(config, command)}\nafresh: overwrite=true")
-            if (runner.folder / "report.html").exists():
+            say(f"{runner.folder} is finished: {ended}\nto go on: {_longer(runner, command)}\nafresh: overwrite=true")
+            if delivered(runner):
                 return 0
+            runner.publish()
         else:
             code = fit(runner, say)
             if code:
@@ -124,7 +137,8 @@ def fit(runner: Runner, say: Say) -> int:
         reason = runner.run(progress)
     step, seconds = runner.trainer.step, runner.progress.seconds
     if reason == "signal":
-        say(f"stopped at step {step}, saved in {runner.folder / 'checkpoint'}; the same command goes on from there")
+        again = "the same command" + " without overwrite=true" * runner.config.overwrite
+        say(f"stopped at step {step}, saved in {runner.folder / 'checkpoint'}; {again} goes on from there")
         return 128 + runner.signal
     why = {"time": " (time_limit)", "patience": " (no better validation loss for a while)"}.get(reason, "")
     say(f"trained {step} steps in {_clock(seconds)}{why}")
@@ -136,8 +150,16 @@ def finish(runner: Runner, command: Sequence[str], say: Say) -> None:
     started = time.perf_counter()
     DRAWINGS.get(runner.config.task["name"], draw_grid)(runner, say)
     write_report(runner.folder)
+    with show.atomic(runner.folder / FINISHED) as part:
+        part.write_text(json.dumps({"step": runner.trainer.step}))
     say(f"drew and reported in {_clock(time.perf_counter() - started)}")
     say(closing(runner, command))
+
+
+def delivered(runner: Runner) -> bool:
+    """Whether everything that comes of the run was left in its folder when it was at this step."""
+    known = runner.folder / FINISHED
+    return known.exists() and read_json(known).get("step") == runner.trainer.step
 
 
 def draw_samples(runner: Runner, say: Say) -> None:
@@ -155,7 +177,7 @@ def draw_grid(runner: Runner, say: Say) -> None:
     runner.draw(runner.folder / "samples.png")
     try:
         rows = load_metrics(runner.folder / "metrics.jsonl")
-        save_png(loss_plot(rows, per_sigma=False), runner.folder / "loss.png")
+        show.save_png(show.loss_plot(rows, per_sigma=False), runner.folder / "loss.png")
     except UserError as e:
         say(f"no loss.png: {' '.join(str(e).split())}")
 
@@ -170,9 +192,14 @@ def finished(runner: Runner) -> str:
         return f"step {trainer.step} of {config.steps}"
     if config.time_limit and progress.seconds >= config.time_limit:
         return f"{progress.seconds:.0f} s of time_limit {config.time_limit:g}, step {trainer.step} of {config.steps}"
-    if config.patience and progress.waited >= config.patience:
+    if outwaited(runner):
         return f"no better validation loss for {progress.waited} validations, step {trainer.step}"
     return ""
+
+
+def outwaited(runner: Runner) -> bool:
+    """Whether the run has lost patience."""
+    return 0 < runner.config.patience <= runner.progress.waited
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
@@ -196,7 +223,7 @@ def closing(runner: Runner, command: Sequence[str]) -> str:
     """Where everything is, and what to try next."""
     names = ("samples.png", "trajectory.gif", "codec", "checkpoint", "metrics.jsonl", "report.html")
     there = [f"  {runner.folder / name}" for name in names if (runner.folder / name).exists()]
-    tries = [*TRIES.get(runner.config.task["name"], _generations)(runner), _longer(runner.config, command)]
+    tries = [*TRIES.get(runner.config.task["name"], _generations)(runner), _longer(runner, command)]
     return "\n".join([*there, "try next:", *(f"  {t}" for t in tries)])
 
 
@@ -210,7 +237,7 @@ def _samplings(runner: Runner) -> list[str]:
 
 
 def _encodings(runner: Runner) -> list[str]:
-    codec, out = runner.folder / "codec", f"data/{runner.config.name}"
+    codec, out = runner.folder / "codec", f"data/{re.sub('[,=]', '-', runner.config.name)}"  # no sweep in data.path=
     words = [_pictures(runner.config.data), f"codec={codec}", f"size={runner.data.shape[-1]}", f"out={out}"]
     return [
         shlex.join(["nanodiffusion", *command])
@@ -243,12 +270,17 @@ TRIES: dict[str, Callable[[Runner], list[str]]] = {
 }
 
 
-def _longer(config: Config, command: Sequence[str]) -> str:
-    """The command that trains the same run twice as long."""
-    more = {"steps=": f"steps={2 * config.steps}"}
+def _longer(runner: Runner, command: Sequence[str]) -> str:
+    """The command that trains the same run twice as long, without patience where that ended it.
+
+    It names the recipe, so a configuration that the environment names is taken out: only one of the two is allowed.
+    """
+    config, more = runner.config, {"steps=": f"steps={2 * runner.config.steps}"}
     more |= {"time_limit=": f"time_limit={2 * config.time_limit:g}"} if config.time_limit else {}
-    left_out = (*more, "overwrite=", "patience=")
-    return shlex.join([*(word for word in command if not word.lstrip("+").startswith(left_out)), *more.values()])
+    more |= {"patience=": "patience=0"} if outwaited(runner) else {}
+    unset = ["env", "-u", VARIABLE] if os.environ.get(VARIABLE) else []
+    kept = (word for word in command if not word.lstrip("+").startswith((*more, "overwrite=")))
+    return shlex.join([*unset, *kept, *more.values()])
 
 
 def _clock(seconds: float) -> str:
@@ -270,7 +302,10 @@ def facts(config: Config) -> dict[str, Any]:
 
 
 def size_and_cost(config: Config) -> dict[str, str]:
-    """How many parameters a config trains, and what a forward pass costs where that is known."""
+    """How many parameters a config trains, and what a forward pass costs where that is known; no base is fetched for it."""
+    base = config.task.get("base")
+    if base and not Path(base).exists():
+        return {"parameters": f"not counted, as the base is not here: there is no {base}"}
     model = make_denoiser(config)
     flops = make_task(config).flops(model)
     cost = {"FLOPs": f"{flops:,} a forward pass of one sample"} if flops else {}
