@@ -201,6 +201,7 @@ def option_types(row: Callable[..., Any]) -> dict[str, Any]:
 
 def validate(config: Config) -> None:
     """Values that types do not catch."""
+    validate_training(config)
     _check_counts(config, "log_every", "keep", "validation_samples")
     for key in (
         "lr",
@@ -229,7 +230,6 @@ def validate(config: Config) -> None:
     lookup(dict.fromkeys(("auto", "highest", "high", "medium")), config.matmul, "matmul")
     lookup(dict.fromkeys(("fp32", "bf16", "fp16")), config.precision, "precision")
     _check_given(config.sample)
-    validate_training(config)
 
 
 def _check_given(sample: GridConfig) -> None:

@@ -334,6 +334,32 @@ def test_frozen_parts_in_half_precision_beside_a_network_trained_in_float32(task
     assert losses == pytest.approx(exact, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("task", "more"),
+    [
+        ("text_to_image", {}),
+        ("controlnet", {}),
+        ("lcm", {"task_rank": 0}),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("inpaint", "inpaint_by_tokens")),
+    ],
+)
+def test_what_is_trained_starts_unrounded_whatever_the_frozen_parts_are_in(task, more):
+    config = config_of(task, task_frozen="bf16", precision="bf16", **more)
+    model = make(FINETUNES, config.task, "task")().model(config)
+    base = sd_files.tensors(sd_files.tree("sd1") / "unet")
+    own = {name.removeprefix("unet."): p for name, p in model.net.state_dict().items()}
+    same = [name for name in base if name in own and own[name].shape == base[name].shape]
+    assert len(same) > len(base) / 3  # of a ControlNet the way up is missing
+    for name in same:
+        torch.testing.assert_close(own[name], base[name], rtol=0, atol=0)
+    rest = [p for p in model.parameters() if not p.requires_grad]
+    assert rest and {p.dtype for p in rest} == {torch.bfloat16}
+    if task in ("controlnet", "lcm"):
+        frozen = model.denoiser.net.net if task == "controlnet" else model.distilled.teacher.denoiser.net
+        for name, p in frozen.state_dict().items():
+            torch.testing.assert_close(p, base[name].bfloat16(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize("task", TASKS)
 def test_nothing_but_what_is_trained_changes(task, family):
@@ -424,13 +450,16 @@ def test_ids_of_no_text_are_marked_only_where_zeros_stand_for_it():
         ("lora", {"task_targets": []}, "no such part"),
         ("lora", {"task_match": ["nothing.like.this"]}, "no layer matches"),
         ("lora", {"task_rank": 0}, "rank"),
+        ("lora", {"task_layout": "khoya"}, "task.layout(.|\n)*did you mean 'kohya'"),
         ("textual_inversion", {"task_vectors": 0}, "needs a vector"),
         ("textual_inversion", {"task_templates": "poem"}, "templates"),
         ("textual_inversion", {"task_token": "cat"}, "cat"),
         ("textual_inversion", {"task_start": "cat dog puppy sea"}, "more tokens"),
         ("adapter", {"task_kind": "strange"}, "kind"),
+        ("adapter", {"task_kind": "light", "task_base": str(sd_files.tree("sdxl"))}, "does not fit(.|\n)*task.kind"),
+        ("adapter", {"task_start": str(sd_files.part("adapter", "sdxl"))}, "does not fit(.|\n)*task.start"),
         ("controlnet", {"task_start": "/nowhere/at/all"}, "nowhere"),
-        ("text_to_image", {"task_frozen": "fp8"}, "dtype|fp8"),
+        ("text_to_image", {"task_frozen": "fp8"}, "task.frozen(.|\n)*fp8"),
         ("no_such_task", {}, "task.name"),
         ("lora", {"task_strength": 1.0}, "strength"),
         ("lora", {"task_start": "/nowhere/at/all.safetensors"}, "nowhere"),
@@ -451,6 +480,25 @@ def test_what_cannot_be_trained_is_one_message(task, more, said):
 
     with pytest.raises(UserError, match=said):
         build()
+
+
+def test_a_layout_that_has_no_place_for_the_layers_is_refused_before_training():
+    config = config_of("lora", task_layout="kohya-sdxl")
+    task = make(FINETUNES, config.task, "task")()
+    with pytest.raises(UserError, match="SDXL has no such layer"):
+        task.check(task.model(config), config, (4, 8, 8))
+
+
+def test_captions_without_the_token_are_refused_and_one_with_it_in_any_letters_is_not():
+    config = config_of("textual_inversion", task_templates="captions", task_token="<thing>")
+    task = make(FINETUNES, config.task, "task")()
+    model = task.model(config)
+    with pytest.raises(UserError, match=r"nothing would be trained(.|\n)*<thing>"):
+        task.prepared(Pixels(), model)
+    data = task.prepared(Pixels(captions=("a red dog", "", "a <Thing> in the sea", "")), model)
+    _, cond = data.batch(torch.tensor([2]))
+    model.condition(cond)["context"].sum().backward()
+    assert all(rows.grad.abs().sum() > 0 for rows in model.net.values())
 
 
 ZERO = {"rescale_betas_zero_snr": True}

@@ -413,6 +413,13 @@ def test_a_config_survives_json(name):
         ("dit", {"norm": "rsm"}, "key norm(.|\n)*did you mean 'rms'"),
         ("dit", {"ffn": "relu"}, "key ffn(.|\n)*valid: gelu, swiglu"),
         ("dit", {"positions": "rotary", "dim": 36, "heads": 6}, "dim(.|\n)*multiple of 24(.|\n)*36"),
+        ("dit", {"mlp_ratio": -1.0}, "mlp_ratio(.|\n)*-1.0"),
+        *(
+            (name, {"num_classes": -3}, "num_classes(.|\n)*0 or more(.|\n)*-3")
+            for name in ("mlp", "unet", "dit", "pixart")
+        ),
+        ("tld", {"cross_heads": -2}, "cross_heads(.|\n)*0 or more(.|\n)*-2"),
+        ("unet", {"dropout": 1.5}, "dropout(.|\n)*below 1(.|\n)*1.5"),
         ("pixart", {"in_size": 5}, "in_size(.|\n)*multiple of 2(.|\n)*5"),
         ("pixart", {"activation": "silo"}, "key activation(.|\n)*did you mean 'silu'"),
         ("pixart", {"dropout": 1.5}, "key dropout(.|\n)*1.5"),

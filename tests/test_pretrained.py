@@ -1,5 +1,6 @@
 """Whole checkpoints, as diffusers and transformers write them, into bundles and back."""
 
+import copy
 import json
 import os
 import shutil
@@ -40,6 +41,10 @@ from nanodiffusion.pretrained import (  # noqa: E402
     load_text,
     load_tiny,
     load_unet,
+    publish,
+    replace_part,
+    save_part,
+    scheduler_beside,
 )
 from nanodiffusion.pretrained import architecture as arch  # noqa: E402
 from nanodiffusion.pretrained import load as pretrained  # noqa: E402
@@ -51,6 +56,7 @@ from nanodiffusion.pretrained.scheduler_config import read_scheduler  # noqa: E4
 from nanodiffusion.pretrained.weights import save  # noqa: E402
 from nanodiffusion.text import CLIP_BIGG, CLIP_H, CLIP_L, CLIPText, TextConfig  # noqa: E402
 from nanodiffusion.text.inversion import add  # noqa: E402
+from nanodiffusion.text.prompts import TextEncoder  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -265,6 +271,20 @@ def test_a_vae_s_file_alone_needs_its_family(tmp_path: Path) -> None:
         load_codec(alone)
     assert load_codec(alone, family="sdxl").config.scale == SDXL_VAE.scale
     assert load_codec(alone, family="sd2").config.scale == SD_VAE.scale
+
+
+def test_a_vae_s_attention_of_old_may_be_convolutions_by_the_names_of_today(tmp_path: Path) -> None:
+    folder = sd_files.part("vae", "sd1")
+    wanted = sd_files.tensors(folder)
+    matrix = lambda name, t: "attentions.0.to_" in name and t.ndim == 2
+    old = {name: t[:, :, None, None].contiguous() if matrix(name, t) else t for name, t in wanted.items()}
+    assert sum(t.ndim == 4 for t in old.values()) == sum(t.ndim == 4 for t in wanted.values()) + 8
+    save_file(old, tmp_path / "old.safetensors")
+    same(load_codec(tmp_path / "old.safetensors", family="sd1").state_dict(), wanted)
+
+
+def test_the_family_that_a_whole_file_tells_says_the_scale_of_its_vae() -> None:
+    assert load_codec(sd_files.single("sdxl"), family="sd1").config.scale == SDXL_VAE.scale
 
 
 def test_a_text_encoder_s_file_alone_tells_its_activation_by_its_width(tmp_path: Path) -> None:
@@ -731,6 +751,33 @@ def test_a_zero_terminal_snr_is_diffusers_but_for_the_infinite_level() -> None:
     assert_close(a[0], (1 + ldm().sigmas[0] ** 2).rsqrt(), rtol=1e-12, atol=0)
 
 
+# -- a U-Net in another's place ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("marks", [("v_pred", "ztsnr"), ("v_pred",), ()])
+def test_a_unet_of_a_whole_file_is_read_as_the_file_is(marks: tuple[str, ...]) -> None:
+    levels = {"beta_schedule": "linear", "beta_end": 0.02}
+    base = load_pretrained(sd_files.tree("sd1", scheduler=levels, prediction="epsilon" if marks else "v_prediction"))
+    found = replace_part(base, "unet", sd_files.single("sd1", marks=marks))
+    assert found.denoiser.prediction.name == ("v" if "v_pred" in marks else "eps")
+    wanted = zero_terminal_snr(ldm()) if "ztsnr" in marks else ldm()
+    assert_close(found.schedule.sigmas, wanted.sigmas, rtol=0, atol=0)
+
+
+def test_a_prediction_that_is_asked_for_holds_for_a_unet_in_another_s_place() -> None:
+    other = sd_files.tree("sd1", prediction="v_prediction")
+    asked = load_pretrained(sd_files.tree("sd1"), prediction="eps")
+    for where in (other, other / "unet", sd_files.single("sd1", marks=("v_pred",))):
+        assert replace_part(asked, "unet", where).denoiser.prediction.name == "eps"
+        assert replace_part(replace(asked, asked=None), "unet", where).denoiser.prediction.name == "v"
+
+
+def test_a_unet_of_sd2_s_file_that_says_nothing_is_read_as_the_checkpoint_s(recwarn: pytest.WarningsRecorder) -> None:
+    base = load_pretrained(sd_files.tree("sd2", prediction="epsilon"))
+    assert replace_part(base, "unet", sd_files.single("sd2")).denoiser.prediction.name == "eps"
+    assert not [w for w in recwarn if "predicts" in str(w.message)]
+
+
 # -- the hub -------------------------------------------------------------------------------------------------------------
 
 
@@ -878,6 +925,20 @@ def test_without_a_connection_the_cache_serves_and_that_is_said(online: Callable
         load_pretrained("owner/other")
 
 
+@pytest.mark.parametrize("inside", ["", "/unet", "/unet/"])
+def test_a_unet_of_the_hub_comes_with_what_says_how_it_is_read(
+    inside: str, online: Callable[..., Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, base = online(sd_files.tree("sd1", prediction="v_prediction")), load_pretrained(sd_files.tree("sd1"))
+    found = replace_part(base, "unet", f"owner/model{inside}")
+    assert found.denoiser.prediction.name == "v" and found.source["unet"] == f"owner/model{inside}"
+    assert {p.split("/")[0] for p in hub.patterns} <= {"unet", "scheduler", "model_index.json"}
+    said = scheduler_beside(f"owner/model{inside}")
+    assert said and json.loads(said.read_text())["prediction_type"] == "v_prediction"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert replace_part(base, "unet", f"owner/model{inside}").denoiser.prediction.name == "v"
+
+
 def test_the_hub_s_no_is_an_answer_and_not_a_broken_line(online: Callable[..., Hub], tmp_path: Path) -> None:
     class RepositoryNotFoundError(Exception):
         pass
@@ -957,6 +1018,58 @@ def test_diffusers_loads_what_is_saved_as_one_file(family: str, tmp_path: Path) 
     equal_bundles(own, bundle)
 
 
+def with_config(net: nn.Module, **changes: Any) -> nn.Module:
+    """The net, whose config says something else."""
+    other = copy.copy(net)
+    other.config = replace(net.config, **changes)  # type: ignore[arg-type,type-var]
+    return other
+
+
+UNSAID: dict[str, tuple[Callable[[Bundle], Bundle], str]] = {
+    "heads": (
+        lambda b: replace(
+            b, denoiser=pretrained.Denoiser(with_config(b.denoiser.net, heads=(4,) * 4), "eps", "table", ldm())
+        ),
+        "attention_head_dim",
+    ),
+    "scale": (lambda b: replace(b, codec=with_config(b.codec, scale=0.5)), "scaling_factor"),
+    "activation": (
+        lambda b: replace(
+            b, text=TextEncoder([replace(p, net=with_config(p.net, activation="gelu")) for p in b.text.parts])
+        ),
+        "hidden_act",
+    ),
+    "zeros": (lambda b: replace(b, family=replace(b.family, zero_uncond=True)), "force_zeros"),
+}
+
+
+@pytest.mark.parametrize("what", UNSAID)
+def test_what_a_single_file_cannot_say_is_refused(what: str, tmp_path: Path) -> None:
+    changed, said = UNSAID[what]
+    with pytest.raises(UserError, match=f"one file cannot say(.|\n)*{said}"):
+        save_single(changed(load_pretrained(sd_files.tree("sd1"))), tmp_path / "saved.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("prediction", "levels", "said"),
+    [("sample", {}, "prediction"), ("epsilon", {"beta_schedule": "linear", "beta_end": 0.02}, "schedule")],
+)
+def test_a_reading_that_a_single_file_cannot_say_is_refused(
+    prediction: str, levels: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    bundle = load_pretrained(sd_files.tree("sd1", prediction=prediction, scheduler=levels))
+    with pytest.raises(UserError, match=f"one file cannot say(.|\n)*key {said}"):
+        save_single(bundle, tmp_path / "saved.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_inpainting_v_of_sd2_is_marked_since_files_usually_predict_eps(tmp_path: Path) -> None:
+    folder = sd_files.tree("sd2", inpaint=True)
+    file = save_single(load_pretrained(folder), tmp_path / "saved.safetensors")
+    assert load_pretrained(file, tokenizer=folder / "tokenizer").denoiser.prediction.name == "v"
+
+
 def test_original_file_to_folder_to_file_is_bit_exact(tmp_path: Path) -> None:
     for family in ("sd1", "sdxl"):
         before = sd_files.single(family)
@@ -1010,6 +1123,30 @@ def test_a_folder_is_whole_or_not_there_and_never_written_over(tmp_path: Path, m
     with pytest.raises(UserError, match="No space left"):
         save_diffusers(bundle, tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_all_of_a_folder_is_on_the_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync, place = set(), os.fsync, publish._take_place
+    missing: list[str] = []
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def checked(new: Path, *rest: Path) -> None:
+        written = {path: path.with_name(f".tmp-{path.name}") for path in (new, *new.rglob("*"))}
+        missing.extend(str(path) for path, before in written.items() if synced.isdisjoint({str(path), str(before)}))
+        place(new, *rest)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(publish, "_take_place", checked)
+    bundle = load_pretrained(sd_files.tree("sd1"))
+    save_diffusers(bundle, tmp_path / "whole")
+    save_part(bundle.codec, tmp_path / "part", shard_gb=1e-4)
+    assert not missing and len(synced) > 20
 
 
 # -- manners -------------------------------------------------------------------------------------------------------------

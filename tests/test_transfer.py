@@ -86,9 +86,10 @@ def test_a_resized_net_takes_samples_of_its_size_and_keeps_every_other_weight(na
         assert_close(new.state_dict()[key], old.state_dict()[key], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("size", [(8, 12), (2, 12)], ids=["more tokens", "as many in other rows"])
 @pytest.mark.parametrize("name", FIXED_SIZE)
-def test_fixed_positions_are_those_of_the_new_size(name):
-    new, fresh = resized(make(name), (8, 12)), make(name, in_size=(8, 12))
+def test_fixed_positions_are_those_of_the_new_size(name, size):
+    new, fresh = resized(make(name), size), make(name, in_size=size)
     want = dict(fresh.named_buffers())
     assert dict(new.named_buffers()).keys() == want.keys()
     for key, value in new.named_buffers():

@@ -22,14 +22,13 @@ from nanodiffusion.nets.inpaint import InpaintTokens
 from nanodiffusion.pretrained import (
     Bundle,
     load_adapter,
-    load_codec,
     load_controlnet,
     load_pretrained,
     load_tokens,
     replace_part,
     scheduler_beside,
 )
-from nanodiffusion.pretrained.hub import cached, split_name
+from nanodiffusion.pretrained.hub import at_hand
 from nanodiffusion.pretrained.weights import DTYPES, source_of
 from nanodiffusion.tasks import AdapterInput, Control, GenerateConfig, Inputs, plan
 from nanodiffusion.text.inversion import load_inversion
@@ -108,10 +107,7 @@ def reading(file: str, expected: str, key: str) -> Iterator[None]:
 
 def weight_files(where: str, folder: str) -> Sequence[Path]:
     """The weight files of a network that has been loaded: of a path, of its folder there, or of a name in the hub's cache."""
-    path = Path(where)
-    if not path.exists():
-        name, inside = split_name(where)
-        path = (cached(name) or path) / inside
+    path = at_hand(where)
     return source_of(path / folder if (path / folder).is_dir() else path).files
 
 
@@ -194,7 +190,7 @@ def load_model(asked: Asked, device: torch.device) -> tuple[Bundle, Asked]:
 
 def with_files(bundle: Bundle, asked: Asked) -> tuple[Bundle, Asked]:
     """The bundle with another U-Net or VAE, LoRAs and learned tokens, and what was asked with their SHA-256."""
-    unet, vae, (dtype, device) = asked.unet, asked.vae, place_of(bundle.codec)
+    unet, vae = asked.unet, asked.vae
     if unet.file:
         with reading(unet.file, unet.sha256, "unet"):
             bundle = replace_part(bundle, "unet", unet.file, dtype_of(bundle.denoiser))
@@ -202,8 +198,7 @@ def with_files(bundle: Bundle, asked: Asked) -> tuple[Bundle, Asked]:
         unet = Named(unet.file, verified([*weight_files(unet.file, "unet"), *read_by], unet.sha256, "unet"))
     if vae.file:
         with reading(vae.file, vae.sha256, "vae"):
-            codec = load_codec(vae.file, dtype, device, family=bundle.family.name)
-        bundle = replace(bundle, codec=codec)
+            bundle = replace_part(bundle, "vae", vae.file, dtype_of(bundle.codec))
         vae = Named(vae.file, verified(weight_files(vae.file, "vae"), vae.sha256, "vae"))
     nets = {"unet": bundle.denoiser.net, **dict(zip(("text", "text_2"), (p.net for p in bundle.text.parts)))}
     loras, embeddings = [], []

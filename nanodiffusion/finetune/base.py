@@ -18,12 +18,12 @@ from nanodiffusion.config import Config
 from nanodiffusion.data.conditioning import hide, latent_mask
 from nanodiffusion.denoiser import PRECISIONS, Cond, Denoiser, as_float
 from nanodiffusion.draw import begin, check_settings, cycled, make_step
-from nanodiffusion.errors import UserError
+from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.finetune.encoded import ready_made
 from nanodiffusion.guidance import cfg
-from nanodiffusion.noise import SCHEDULES, Schedule
+from nanodiffusion.noise import SCHEDULES
 from nanodiffusion.objective import SHOWN, Fixed, at_once, make_schedule
-from nanodiffusion.pretrained.scheduler_config import scheduler_json
+from nanodiffusion.pretrained.scheduler_config import same_levels, scheduler_json
 from nanodiffusion.sampler import ImageNoise, sample
 from nanodiffusion.task import Task, refuse_images
 from nanodiffusion.text.reader import Reader
@@ -204,6 +204,11 @@ class Finetune(Task):
 
     # what a task adds, beside what it publishes
 
+    @property
+    def from_base(self) -> bool:
+        """Whether what is trained starts as the base's own weights, which are then read unrounded."""
+        return False
+
     def loaded(self, dtype: str) -> "Bundle":
         """The checkpoint as training finds it."""
         from nanodiffusion.pretrained.load import load_pretrained  # slow to import
@@ -223,16 +228,25 @@ class Finetune(Task):
     def flops(self, model: Tuned) -> None:
         """Not known: they depend on the size of the pictures."""
 
+    def frozen_in(self, config: Config) -> str:
+        """The name of the dtype of what is not trained. UserError: there is none of that name."""
+        half = config.precision if torch.cuda.is_available() and config.device != "cpu" else "fp32"
+        lookup({**PRECISIONS, "auto": None}, self.frozen, "task.frozen")
+        return half if self.frozen == "auto" else self.frozen
+
     def model(self, config: Config) -> Tuned:
         """The checkpoint at `base` with what is to be trained, the same for the same seed."""
-        half = config.precision if torch.cuda.is_available() and config.device != "cpu" else "fp32"
-        bundle = self.loaded(half if self.frozen == "auto" else self.frozen)
+        dtype = self.frozen_in(config)
+        bundle = self.loaded("fp32" if self.from_base else dtype)
         if not self.new_prediction:
             check_reading(bundle, config)
         bundle.denoiser.requires_grad_(False)
         vars(bundle.denoiser.net)["checkpointing"] = self.checkpointing
         model = self.tuned(bundle, config)
         model.net.requires_grad_(True)
+        for weight in model.parameters():
+            if self.from_base and not weight.requires_grad:
+                weight.data = weight.data.to(PRECISIONS[dtype])
         return model
 
     def prepared(self, data: Any, model: Tuned) -> Any:
@@ -264,7 +278,7 @@ class Finetune(Task):
             k = max(map(len, (prompts, given.images, given.masks)))
             each = ([some[i % len(some)] for i in range(k)] if some else [] for some in (given.images, given.masks))
             data = data.own(*each, [""] * k)
-        data = data.square().to(next(model.net.parameters()).device)
+        data = data.square()
         conds = [
             data.batch(row)[1] for row in cycled(k, len(data)).split(1)
         ]  # so that one picture at a time is encoded
@@ -322,8 +336,3 @@ def check_reading(bundle: "Bundle", config: Config) -> None:
         )
         what = "the checkpoint was trained on other noise levels"
         raise UserError(what, file=file, key="schedule", expected=expected, found=found, fix=fix)
-
-
-def same_levels(a: Schedule, b: Schedule) -> bool:
-    """Whether two tables are one but for rounding: betas are published in half a dozen digits."""
-    return len(a) == len(b) and torch.allclose(a.sigmas, b.sigmas, rtol=1e-3)

@@ -11,8 +11,10 @@ from nanodiffusion.config import Config
 from nanodiffusion.denoiser import Cond
 from nanodiffusion.errors import UserError
 from nanodiffusion.finetune.base import Finetune, Tuned
+from nanodiffusion.memory import on_meta
 from nanodiffusion.nets.adapter import Adapter, AdapterConfig
 from nanodiffusion.nets.controlnet import Controlled, ControlNet, ControlNetConfig, control_strengths
+from nanodiffusion.nets.sd_unet import feature_shapes
 from nanodiffusion.pretrained.load import Bundle
 from nanodiffusion.pretrained.publish import save_part
 
@@ -44,12 +46,17 @@ class ControlNets(Finetune):
 
     start: str = ""
 
+    @property
+    def from_base(self) -> bool:
+        """Unless `start` says other weights."""
+        return not self.start
+
     def tuned(self, bundle: Bundle, config: Config) -> Tuned:
         """The frozen U-Net and the ControlNet about it."""
         from nanodiffusion.pretrained.load import load_controlnet
 
         unet: Any = bundle.denoiser.net
-        if bundle.denoiser.half and config.precision == "fp32":
+        if self.frozen_in(config) != "fp32" and config.precision == "fp32":
             fix = "precision=bf16, or task.frozen=fp32"
             what = "a ControlNet in float32 cannot be trained beside a U-Net in half precision"
             raise UserError(what, key="task.frozen", found=self.frozen, fix=fix)
@@ -95,6 +102,7 @@ class Adapters(Finetune):
             if self.start
             else Adapter(adapter_for(bundle.denoiser.net, self.kind, bundle.codec.factor))
         )
+        check_maps(net, bundle.denoiser.net, bundle.codec.factor, "task.start" if self.start else "task.kind")
         return WithAdapter(bundle, config, net)
 
     def publish(self, model: Tuned, data: Any, seed: int, folder: Path) -> None:
@@ -120,3 +128,14 @@ def adapter_for(unet: Any, kind: str = "full", factor: int = 8) -> AdapterConfig
         return AdapterConfig("full_xl", widths=(*widths, widths[-1]), downscale=2 * factor)
     light = kind == "light"
     return AdapterConfig(kind, widths=widths[:-1] if light else widths, blocks=4 if light else 2, downscale=factor)
+
+
+def check_maps(net: Adapter, unet: Any, factor: int, key: str) -> None:
+    """UserError, which names the option `key`, unless an adapter gives the maps that a U-Net takes."""
+    side = 64  # of a latent, which is halved without a rest
+    image = torch.empty(1, net.config.channels_in, side * factor, side * factor, device="meta")
+    own = feature_shapes(unet.config, side, side)
+    found = tuple(tuple(map_.shape[1:]) for map_ in on_meta(net)(image))
+    if found != own[: len(found)]:
+        expected = f"maps of {own}, at a latent's side of {side}"
+        raise UserError("this adapter does not fit the U-Net", key=key, expected=expected, found=found)

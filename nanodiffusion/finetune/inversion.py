@@ -105,6 +105,17 @@ class TextualInversion(Finetune):
         text = TextEncoder(text.parts, check_added=False)
         return Inverted(replace(bundle, text=text), config, rows, self.token, TEMPLATES[self.templates])
 
+    def prepared(self, data: Any, model: Tuned) -> Any:
+        """As `Finetune.prepared`. UserError: the data's own captions are taken, and the token is in none of them."""
+        made = super().prepared(data, model)
+        tokenizer, own = model.reader.text.parts[0].tokenizer, not TEMPLATES[self.templates][0]
+        ids = tokenizer.added[self.token]
+        if own and not any(ids in tokenizer.groups(str(text)) for text in data.captions):
+            fix = f"write {self.token} into the captions, or task.templates=object"
+            expected = f"captions with {self.token} in them"
+            raise UserError("nothing would be trained", key="task.token", expected=expected, found="none", fix=fix)
+        return made
+
     def _first(self, part: Any, draw: torch.Generator) -> Tensor:
         """Vectors (n d) to begin with."""
         table = part.net.text_model.embeddings.token_embedding.weight.detach().float()

@@ -1,6 +1,7 @@
 """Checkpoints of Stable Diffusion distilled to few steps: a latent consistency model or its LoRA (Luo et al. 2023a, b)."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,21 @@ from nanodiffusion.pretrained.load import Bundle
 
 
 class Teacher(nn.Module):
-    """A frozen denoiser with what it is told for no text, given what `Tuned.condition` made."""
+    """A frozen denoiser, given what `Tuned.condition` made; nothing: `Tuned.nothing`, what it is told of no text."""
 
     takes = ("context",)
 
-    def __init__(self, denoiser: Denoiser, empty: dict[str, Tensor]) -> None:
+    def __init__(self, denoiser: Denoiser, nothing: Callable[[], dict[str, Tensor]]) -> None:
         super().__init__()
-        self.denoiser, self.empty = denoiser, empty
+        self.denoiser, self.nothing = denoiser, nothing
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         return self.denoiser(x, sigma, cond)
 
     def unconditional(self, cond: Cond) -> dict[str, Any]:
         """The same with the features of no text."""
-        return {name: self.empty[name].to(v).expand_as(v) if name in self.empty else v for name, v in cond.items()}
+        nothing = self.nothing()
+        return {name: nothing[name].to(v).expand_as(v) if name in nothing else v for name, v in cond.items()}
 
 
 class FewSteps(Tuned):
@@ -41,12 +43,8 @@ class FewSteps(Tuned):
     def __init__(self, bundle: Bundle, config: Config, student: Denoiser, net: nn.Module, **options: Any) -> None:
         super().__init__(bundle, config, net, student.net)
         teacher = Denoiser(bundle.denoiser.net, config.prediction, config.clock, make_schedule(config), self.precision)
-        self.distilled = Distilled(Teacher(teacher, self.nothing()), self.denoiser, net, **options)
-
-    def without_encoders(self, nothing: dict[str, Tensor]) -> None:
-        """As `Tuned.without_encoders`, the teacher being led away from the same nothing."""
-        super().without_encoders(nothing)
-        self.distilled.teacher.empty = nothing
+        self.known_nothing = self.nothing()  # which every step asks for
+        self.distilled = Distilled(Teacher(teacher, self.nothing), self.denoiser, net, **options)
 
     def averages(self) -> list[EMA]:
         """The average that says the target; see `Distilled.averages`."""
@@ -69,6 +67,11 @@ class LCM(Walk, Finetune):
     match: list[str] = field(default_factory=lambda: list(PROJECTIONS))
     w_min: float = 7.5
     w_max: float = 7.5
+
+    @property
+    def from_base(self) -> bool:
+        """Unless factors are trained."""
+        return not self.rank
 
     def tuned(self, bundle: Bundle, config: Config) -> Tuned:
         """The frozen checkpoint as the teacher, and a student that starts as it is."""

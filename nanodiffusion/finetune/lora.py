@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from nanodiffusion.config import Config
-from nanodiffusion.errors import UserError
+from nanodiffusion.errors import UserError, lookup
 from nanodiffusion.finetune.base import Finetune, Tuned
 from nanodiffusion.lora import PROJECTIONS, Applied, Lora, new_lora, read_lora, resolve, save_lora
-from nanodiffusion.lora.files import TARGETS, Parts
+from nanodiffusion.lora.files import LAYOUTS, TARGETS, Parts, lora_tensors
 from nanodiffusion.lora.names import Targets, layers_of
 from nanodiffusion.pretrained.load import Bundle
 from nanodiffusion.text.prompts import TextEncoder, TextPart
@@ -65,6 +65,9 @@ class LoRA(Finetune):
     layout: str = "diffusers"
     start: str = ""
 
+    def __post_init__(self) -> None:
+        lookup(LAYOUTS, self.layout, "task.layout")
+
     def tuned(self, bundle: Bundle, config: Config) -> Tuned:
         """The frozen checkpoint with factors that change nothing yet, or as those at `start` do."""
         nets: dict[str, Any] = dict(zip(TARGETS, (bundle.denoiser.net, *(part.net for part in bundle.text.parts))))
@@ -82,6 +85,12 @@ class LoRA(Finetune):
             chosen = {name: nets[name] for name in self.targets}
             applied = new_lora(chosen, self.rank, self.alpha or None, tuple(self.match), draw)
         return Tuned(replace(bundle, text=text), config, Factored(applied))
+
+    def check(self, model: Tuned, config: Config, shape: tuple[int, ...]) -> None:
+        """As `Finetune.check`, and whether the layout has a place for every layer."""
+        super().check(model, config, shape)
+        net: Any = model.net
+        lora_tensors(net.applied.lora, self.layout)
 
     def publish(self, model: Tuned, data: Any, seed: int, folder: Path) -> None:
         """Write `lora.safetensors`."""

@@ -31,6 +31,11 @@ class WholeUNet(Finetune):
 
     start: str = ""
 
+    @property
+    def from_base(self) -> bool:
+        """Unless `start` says other weights."""
+        return not self.start
+
     def loaded(self, dtype: str) -> Bundle:
         """The checkpoint, with the U-Net at `start` for its own."""
         bundle = super().loaded(dtype)
@@ -119,6 +124,11 @@ class InpaintByTokens(Finetune):
     """
 
     positions: bool = False
+
+    @property
+    def from_base(self) -> bool:
+        """It is the base's U-Net that is trained."""
+        return True
 
     def tuned(self, bundle: Bundle, config: Config) -> Tuned:
         """The U-Net and new tokens, of which the linear layer starts as torch's do."""

@@ -342,7 +342,7 @@ def lora_tensors(lora: Lora, layout: str = "diffusers") -> dict[str, Tensor]:
     """What `save_lora` writes: name -> tensor."""
     if lora.dialect:
         raise UserError("the layers have the names of a file", file=lora.file, fix="resolve(lora, targets) first")
-    write = lookup(_LAYOUTS, layout, "layout")
+    write = lookup(LAYOUTS, layout, "layout")
     return {name: tensor.detach().contiguous() for name, tensor in write(lora)}
 
 
@@ -384,4 +384,4 @@ def _flat(lora: Lora, prefixes: Mapping[str, str], spelled: Mapping[str, str]) -
             yield f"{name}.lora_{role}.weight", tensor
 
 
-_LAYOUTS: dict[str, Callable[[Lora], Named]] = {"diffusers": _diffusers, "kohya": _kohya, "kohya-sdxl": _kohya_sdxl}
+LAYOUTS: dict[str, Callable[[Lora], Named]] = {"diffusers": _diffusers, "kohya": _kohya, "kohya-sdxl": _kohya_sdxl}

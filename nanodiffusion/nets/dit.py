@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanodiffusion.errors import UserError
 from nanodiffusion.nets.layers import (
     Attention,
     LabelEmbedding,
@@ -18,6 +19,7 @@ from nanodiffusion.nets.layers import (
     RMSNorm,
     TimeEmbedding,
     check_choice,
+    check_count,
     check_multiple,
     check_pooled,
     check_positive,
@@ -58,11 +60,14 @@ class DiTConfig(Patched):
 
     def __post_init__(self) -> None:
         check_positive(self, "in_size", "channels_in", "patch", "dim", "depth", "heads")
+        check_count(self, "num_classes", "pooled_dim", "concat_channels")
         self.check_patches()
         check_multiple("dim", self.dim, self.heads, "the heads share the features")
         check_multiple("dim", self.dim, 4, "the place is told by a sine and a cosine of row and column")
         for name, choices in (("norm", NORMS), ("positions", ("sincos", "rotary")), ("ffn", FEEDFORWARDS)):
             check_choice(self, name, choices)
+        if not 1 <= self.dim * self.mlp_ratio < float("inf"):
+            raise UserError("no hidden features are left", key="mlp_ratio", expected="e.g. 4.0", found=self.mlp_ratio)
         if self.positions == "rotary":
             check_multiple("dim", self.dim, 4 * self.heads, "rows and columns turn pairs of each head's features")
 

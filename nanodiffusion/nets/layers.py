@@ -146,6 +146,13 @@ def check_positive(config: object, *names: str) -> None:
             raise UserError("this must be positive", key=name, expected="1 or more", found=value)
 
 
+def check_count(config: object, *names: str) -> None:
+    """UserError unless every named option of a config is 0, which stands for none, or more."""
+    for name in names:
+        if getattr(config, name) < 0:
+            raise UserError("this counts something", key=name, expected="0 or more", found=getattr(config, name))
+
+
 def check_multiple(key: str, number: int, divisor: int, why: str) -> None:
     """UserError, which names the config's `key` and says why, unless divisor divides number."""
     if number % divisor:

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from nanodiffusion.nets.layers import LabelEmbedding, check_positive, check_sample
+from nanodiffusion.nets.layers import LabelEmbedding, check_count, check_positive, check_sample
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class MLPConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "dim", "hidden", "label_dim")
+        check_count(self, "num_classes")
 
 
 class MLP(nn.Module):

@@ -17,6 +17,7 @@ from nanodiffusion.nets.layers import (
     Patched,
     RMSNorm,
     check_choice,
+    check_count,
     check_label,
     check_multiple,
     check_positive,
@@ -56,6 +57,7 @@ class PixArtConfig(Patched):
 
     def __post_init__(self) -> None:
         check_positive(self, "in_size", "channels_in", "patch", "dim", "depth", "heads", "ffn_ratio")
+        check_count(self, "num_classes", "concat_channels")
         check_choice(self, "activation", ACTIVATIONS)
         check_choice(self, "norm", NORMS)
         check_share(self, "dropout")

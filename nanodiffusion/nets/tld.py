@@ -16,6 +16,7 @@ from nanodiffusion.nets.layers import (
     MultiHead,
     Patched,
     check_choice,
+    check_count,
     check_multiple,
     check_pooled,
     check_positive,
@@ -52,6 +53,7 @@ class TLDConfig(Patched):
     def __post_init__(self) -> None:
         sizes = ("patch", "dim", "depth", "noise_features", "text_dim", "ffn_ratio", "head_dim")
         check_positive(self, "in_size", "channels_in", *sizes)
+        check_count(self, "cross_heads", "concat_channels")
         check_choice(self, "head_order", ("hd", "dh"))
         check_share(self, "dropout")
         self.check_patches()

@@ -65,10 +65,10 @@ def _fit(
         new = net.config.grid  # type: ignore[union-attr]
         if theirs.shape[1:] == mine.shape[1:]:
             return _fit_places(theirs, grid, cast(Grid, new))
+    if fixed:
+        return mine, "" if theirs.shape == mine.shape else f"{key}: made anew for {_spell(mine.shape)}"
     if theirs.shape == mine.shape:
         return theirs, ""
-    if fixed:
-        return mine, f"{key}: made anew for {_spell(mine.shape)}"
     if key in INPUTS and theirs.shape[:1] == mine.shape[:1] and theirs.shape[2:] == mine.shape[2:]:
         return _widen(key, theirs, mine)
     if key in CLASSES and theirs.shape[1:] == mine.shape[1:]:

@@ -12,9 +12,11 @@ from nanodiffusion.nets.layers import (
     Attention,
     LabelEmbedding,
     TimeEmbedding,
+    check_count,
     check_multiple,
     check_positive,
     check_sample,
+    check_share,
     pair,
     zero_,
 )
@@ -39,6 +41,8 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "in_size", "channels_in", "channels", "multipliers", "blocks", "heads")
+        check_count(self, "num_classes")
+        check_share(self, "dropout")
         if not self.multipliers:
             raise UserError("a U-Net needs a level", key="multipliers", expected="e.g. (1, 2, 2)", found=())
         for level, width in enumerate(self.widths):

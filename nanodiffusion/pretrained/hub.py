@@ -136,6 +136,15 @@ def cached(name: str, revision: str | None = None) -> Path | None:
     return next((folder for folder in found if folder.is_dir()), None)
 
 
+def at_hand(where: str | Path) -> Path:
+    """A path as it is, and of a name on the hub what the cache has of it. UserError: neither path nor name."""
+    if Path(where).exists():
+        return Path(where)
+    name, inside = split_name(where)
+    found = cached(name)
+    return found / inside if found else Path(where)
+
+
 def _cached(name: str, revision: str | None, why: str) -> Path:
     found = cached(name, revision)
     if found is None:
@@ -162,7 +171,7 @@ def needed(files: list[str], variant: str | None, folders: Sequence[str]) -> lis
         folder, _, name = file.rpartition("/")
         by_folder.setdefault(folder, []).append(name)
     inside = [folder for folder in folders if folder in by_folder]
-    weights = inside or [""]  # a repository of one component has it at its root
+    weights = [f for f in inside if f != "scheduler"] or [""]  # a repository of one component has it at its root
     chosen = [_join(f, n) for f in ("", *inside) for n in by_folder.get(f, []) if SMALL.fullmatch(n)]
     for folder in weights:
         chosen += [_join(folder, name) for name in _weights(by_folder.get(folder, []), variant)]

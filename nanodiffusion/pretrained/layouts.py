@@ -369,18 +369,6 @@ def rename(names: Iterable[str]) -> Plan:
     return Plan(filled, ignored, tuple(name for name in names if name in unknown))
 
 
-def split_single_file(tensors: Mapping[str, Tensor], file: object = None) -> dict[str, dict[str, Tensor]]:
-    """component -> our name -> view of the file's tensor. UserError: names that belong to no component."""
-    plan = rename(tensors)
-    if plan.unknown:
-        found = f"{len(plan.unknown)}: {', '.join(plan.unknown[:3])}"
-        raise UserError("names here belong to no Stable Diffusion component", file=file, found=found)
-    return {
-        component: {ours: piece.read(tensors[piece.source]) for ours, piece in pieces.items()}
-        for component, pieces in plan.components.items()
-    }
-
-
 def _reason(name: str) -> str | None:
     return next((reason for pattern, reason in _IGNORED if pattern.match(name)), None)
 

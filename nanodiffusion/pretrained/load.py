@@ -30,7 +30,7 @@ from nanodiffusion.noise import Schedule, ldm, zero_terminal_snr
 from nanodiffusion.pretrained import architecture as arch
 from nanodiffusion.pretrained.hub import Place, cached, locate, needed
 from nanodiffusion.pretrained.layouts import Piece, rename
-from nanodiffusion.pretrained.recognise import detect
+from nanodiffusion.pretrained.recognise import Guess, detect
 from nanodiffusion.pretrained.scheduler_config import PREDICTIONS, read_scheduler
 from nanodiffusion.pretrained.weights import DTYPES, STEMS, Source, has_plain, load, read_json, source_of, variants
 from nanodiffusion.tensors import file_sha256, load_meta
@@ -106,6 +106,7 @@ class Bundle:
     schedule: Schedule
     source: dict[str, Any]
     scheduler: dict[str, Any] = field(default_factory=dict)  # scheduler_config.json as it came
+    asked: str | None = None  # the prediction that was asked for instead of what files say
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where the work is done
     plan: Plan = PLANS["fast"]  # how memory is spent; see `memory.choose`
 
@@ -337,7 +338,7 @@ def load_codec(
     part = _part(place.path, "vae", variant)
     config = _config(part, 0.0)
     if part.config is None:
-        name = family or detect(part.source.shapes).family
+        name = detect(part.source.shapes).family or family  # a whole checkpoint's file tells it, a VAE's own does not
         if name is None:
             fix = "family=sd1, sd2 or sdxl, the family whose latents it makes"
             raise UserError("a VAE's tensors do not say its latent scale", file=place.path, key="family", fix=fix)
@@ -415,7 +416,7 @@ def load_pretrained(
         lookup(dict.fromkeys(PREDICTIONS.values()), prediction, "prediction")
     place, parts = _found(where, variant, revision, prediction, tokenizer)
     stored = options._replace(device=torch.device("cpu")) if offload else options
-    return replace(_assemble(place, parts, stored), device=options.device)
+    return replace(_assemble(place, parts, stored), device=options.device, asked=prediction)
 
 
 def load_texts(
@@ -537,27 +538,31 @@ def _from_file(file: Path, prediction: str | None, tokenizer: Path | None) -> Pa
         expected = "a U-Net, a VAE and text encoders in the original layout"
         raise UserError("this file is no whole checkpoint", file=file, expected=expected, found=found[:300])
     family = FAMILIES[guess.family]
-    said = prediction or guess.prediction or _usual_prediction(file, family, guess.channels_in)
+    schedule, said = file_reading(file, source, guess, prediction)
     return Parts(
         replace(family, size=512) if family.predicts_v and said == "eps" else family,
         Part("unet", KINDS["unet"].words, source, None),
         Part("vae", KINDS["vae"].words, source, None),
         [Part(name, "CLIP text encoder", source, None) for name in names],
         [vocabulary(file, tokenizer, row) for row in family.texts],
-        zero_terminal_snr(ldm()) if "ztsnr" in source.entries else ldm(),
+        schedule,
         said,
     )
 
 
-def _usual_prediction(file: Path, family: Family, channels_in: int | None) -> str:
-    """What files that do not say it predict: eps, but v for SD 2.x' plain U-Net, where both were published."""
-    if not family.predicts_v or channels_in != 4:
-        return "eps"
-    note = (
-        f"{file.name} does not say what it predicts: v, as SD 2.1 at 768 does; prediction=eps if it is the base model"
-    )
-    warnings.warn(note, stacklevel=5)
-    return "v"
+def file_reading(file: Path, source: Source, guess: Guess, prediction: str | None) -> tuple[Schedule, str]:
+    """The noise levels and the prediction of a U-Net in a single file: as asked for, marked, or usual in its family."""
+    said = prediction or guess.prediction
+    if said is None and guess.family and usually_v(FAMILIES[guess.family], guess.channels_in):
+        said, name = "v", file.name
+        note = f"{name} does not say what it predicts: v, as SD 2.1 at 768 does; prediction=eps if it is the base model"
+        warnings.warn(note, stacklevel=5)
+    return zero_terminal_snr(ldm()) if "ztsnr" in source.entries else ldm(), said or "eps"
+
+
+def usually_v(family: Family, channels_in: int | None) -> bool:
+    """Whether a file that does not say it predicts v: SD 2.x' plain U-Net, of which both kinds were published."""
+    return family.predicts_v and channels_in == 4
 
 
 def _assemble(place: Place, parts: Parts, options: Options) -> Bundle:

@@ -18,11 +18,11 @@ from nanodiffusion.errors import UserError, few, lookup
 from nanodiffusion.nets.adapter import Adapter
 from nanodiffusion.nets.controlnet import ControlNet, ControlNetConfig
 from nanodiffusion.nets.sd_unet import SDUNet, SDUNetConfig
-from nanodiffusion.noise import SIGMA_CAP
+from nanodiffusion.noise import ldm, zero_terminal_snr
 from nanodiffusion.pretrained import architecture as arch
-from nanodiffusion.pretrained.layouts import originals
-from nanodiffusion.pretrained.load import TEXTS, Bundle, family_of
-from nanodiffusion.pretrained.scheduler_config import scheduler_json
+from nanodiffusion.pretrained.layouts import join, originals
+from nanodiffusion.pretrained.load import FAMILIES, TEXTS, Bundle, family_of, usually_v
+from nanodiffusion.pretrained.scheduler_config import same_levels, scheduler_json
 from nanodiffusion.pretrained.weights import (
     DTYPES,
     PICKLES,
@@ -60,6 +60,7 @@ def _new_folder(folder: Path, over: bool = False) -> Iterator[Path]:
         beside.mkdir(parents=True)
         try:
             yield beside
+            sync(beside)
             _take_place(beside, folder, before)
             sync(folder.parent)
         finally:
@@ -95,6 +96,7 @@ def _write_components(bundle: Bundle, folder: Path) -> None:
 def save_scheduler(config: Mapping[str, Any], folder: Path) -> None:
     """Write `scheduler/scheduler_config.json` in a folder."""
     (folder / "scheduler").mkdir(exist_ok=True)
+    sync(folder)
     _write_json(folder / "scheduler" / "scheduler_config.json", config)
 
 
@@ -105,7 +107,13 @@ def _write_component(folder: Path, stem: str, config: dict[str, Any], net: nn.Mo
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    sync(path)
+    sync(path.parent)
 
 
 def _write_tokenizer(folder: Path, tokenizer: CLIPTokenizer) -> None:
@@ -114,7 +122,7 @@ def _write_tokenizer(folder: Path, tokenizer: CLIPTokenizer) -> None:
     whole = json.loads(tokenizer.backend.to_str())
     names = {i: token for token, i in whole["model"]["vocab"].items()}
     rules = (rule if isinstance(rule, str) else " ".join(rule) for rule in whole["model"]["merges"])
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *rules, ""]), encoding="utf-8")
+    _write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *rules, ""]))
     _write_json(folder / "vocab.json", whole["model"]["vocab"])
     flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     learned = {
@@ -164,24 +172,39 @@ def _index_json(bundle: Bundle) -> dict[str, Any]:
 def save_single(bundle: Bundle, file: str | Path) -> Path:
     """Write a bundle as one .safetensors in the original layout, which has no place for configs and tokenizers.
 
-    A v-predicting SDXL gets the mark `v_pred`, a terminal SNR of zero `ztsnr`, by which other programs know them. UserError:
-    learned tokens, full or unwritable disk.
+    One that predicts v where files usually do not gets the mark `v_pred`, a terminal SNR of zero `ztsnr`, by which other
+    programs know them. UserError: learned tokens, or anything else that such a file cannot say; full or unwritable disk.
     """
-    file, family = Path(file), bundle.family.name
+    file, family = Path(file), bundle.family
     if learned := [token for part in bundle.text.parts for token in part.tokenizer.added]:
         raise UserError("a single file cannot hold learned tokens", key=learned[0], fix="save as a diffusers folder")
     names = ("text", "text_2")
-    parts = {"unet": bundle.denoiser.net, "vae": bundle.codec, **dict(zip(names, (p.net for p in bundle.text.parts)))}
-    tensors: dict[str, Tensor] = {}
-    for component, net in parts.items():
-        own = net.state_dict()
-        for name, whole in originals(component, own, family).items():
-            tensors[name] = whole.write(*(own[source] for source in whole.sources))
-    if bundle.denoiser.prediction.name == "v" and not bundle.family.predicts_v:
-        tensors["v_pred"] = torch.zeros(0)
-    if float(bundle.schedule.sigmas[-1]) == SIGMA_CAP:
-        tensors["ztsnr"] = torch.zeros(0)
-    return save(file, tensors)
+    nets: dict[str, Any] = {"unet": bundle.denoiser.net, "vae": bundle.codec}
+    nets |= dict(zip(names, (part.net for part in bundle.text.parts)))
+    told: dict[str, dict[str, Any]] = {"vae": {"scale": family.scale}}  # what a loader knows beside the shapes
+    told |= {name: {"activation": row.activation} for name, row in zip(names, family.texts)}
+    states = {component: net.state_dict() for component, net in nets.items()}
+    for component, net in nets.items():
+        form, shapes = FORMS[_kind(net)], {name: tuple(t.shape) for name, t in states[component].items()}
+        _check_said(form, net.config, form.reread(shapes, replace(net.config, **told.get(component, {}))), file)
+    return save(file, join(states, family.name, _marks(bundle, file)))
+
+
+def _marks(bundle: Bundle, file: Path) -> dict[str, Tensor]:
+    """Empty tensors that say in a single file how its U-Net is to be read. UserError: no such file can say it."""
+    prediction, schedule, family = bundle.denoiser.prediction.name, bundle.schedule, bundle.family
+    plain, terminal = (same_levels(schedule, known) for known in (ldm(), zero_terminal_snr(ldm())))
+    usual = FAMILIES[family.name].zero_uncond
+    for key, fine, expected, found in (
+        ("prediction", prediction in ("eps", "v"), "eps or v", prediction),
+        ("schedule", plain or terminal, "the published levels", f"sigma up to {schedule.sigmas[-1]:.5g}"),
+        ("force_zeros_for_empty_prompt", family.zero_uncond == usual, usual, family.zero_uncond),
+    ):
+        if not fine:
+            what, fix = "one file cannot say this of the checkpoint", "a folder's name, which has a place for it"
+            raise UserError(what, file=file, key=key, expected=expected, found=found, fix=fix)
+    marks = {"ztsnr": terminal, "v_pred": prediction == "v" and not usually_v(family, bundle.config.channels_in)}
+    return {mark: torch.zeros(0) for mark, needed in marks.items() if needed}
 
 
 # -- one network ---------------------------------------------------------------------------------------------------------
@@ -322,13 +345,7 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, 
 
 def _alone(form: Form, config: Any, tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
     """What a file of this network alone holds. UserError: it would be read as another network."""
-    said = form.said or form.json
-    wanted = said(config)
-    found = said(form.reread({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config))
-    if lost := next((key for key, value in wanted.items() if found.get(key) != value), None):
-        fix, read = "a folder's name, where config.json says it", f"{found.get(lost)}, as such files are read"
-        what = "one file cannot say this of the network"
-        raise UserError(what, file=where, key=lost, expected=read, found=wanted[lost], fix=fix)
+    _check_said(form, config, form.reread({name: tuple(t.shape) for name, t in tensors.items()}, config), where)
     if not form.original(config):
         return dict(tensors)
     plan = originals(form.component, tensors, family="sdxl")  # these kinds lie in the same place in every family
@@ -336,6 +353,16 @@ def _alone(form: Form, config: Any, tensors: Mapping[str, Tensor], where: Path) 
         name.removeprefix(form.bare): whole.write(*(tensors[source] for source in whole.sources))
         for name, whole in plan.items()
     }
+
+
+def _check_said(form: Form, config: Any, reread: Any, where: Path) -> None:
+    """UserError unless the config that one file is read as says the same as the network's own."""
+    said = form.said or form.json
+    wanted, found = said(config), said(reread)
+    if lost := next((key for key, value in wanted.items() if found.get(key) != value), None):
+        fix, read = "a folder's name, where config.json says it", f"{found.get(lost)}, as such files are read"
+        what = "one file cannot say this of the network"
+        raise UserError(what, file=where, key=lost, expected=read, found=wanted[lost], fix=fix)
 
 
 def _write_shards(folder: Path, stem: str, tensors: Mapping[str, Tensor], most: float | None) -> None:

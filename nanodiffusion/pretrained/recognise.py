@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -165,11 +164,6 @@ def published(name: str) -> dict[str, Shape]:
     path = lookup({known: _KEYS / f"{known}.json" for known in PUBLISHED}, name, "published checkpoint")
     rows = json.loads(path.read_text())
     return {full: tuple(shape) for row, shape in rows.items() for full in _spell(row)}
-
-
-def count(shapes: Mapping[str, Shape]) -> tuple[int, int]:
-    """Number of tensors and of parameters."""
-    return len(shapes), sum(map(math.prod, shapes.values()))
 
 
 def _spell(row: str) -> Iterator[str]:

@@ -11,9 +11,21 @@ from torch import nn
 
 from nanodiffusion.denoiser import Denoiser
 from nanodiffusion.errors import UserError, lookup
-from nanodiffusion.pretrained.load import TEXTS, Bundle, family_of, load_codec, load_text, load_unet
+from nanodiffusion.noise import Schedule
+from nanodiffusion.pretrained.hub import at_hand, locate, needed, split_name
+from nanodiffusion.pretrained.load import (
+    TEXTS,
+    Bundle,
+    family_of,
+    file_reading,
+    load_codec,
+    load_text,
+    load_unet,
+    usually_v,
+)
+from nanodiffusion.pretrained.recognise import detect
 from nanodiffusion.pretrained.scheduler_config import read_scheduler
-from nanodiffusion.pretrained.weights import read_json
+from nanodiffusion.pretrained.weights import read_json, source_of
 from nanodiffusion.text.prompts import TextEncoder
 
 
@@ -21,7 +33,8 @@ def replace_part(bundle: Bundle, name: str, where: str | Path, dtype: str | torc
     """The bundle with the network at `where` as its "unet", "vae", "text_encoder" or "text_encoder_2"; the one given stays.
 
     where: a folder, a file, a whole checkpoint of which the part is taken, or a name on the hub. dtype: "keep" is the file's.
-    A U-Net beside whose `unet/` lies a `scheduler/`, as in a run's folder, brings its prediction and its noise levels.
+    A U-Net beside whose `unet/` lies a `scheduler/`, as in a run's folder, brings its prediction and its noise levels, and so
+    does one in a whole file, or in one with a mark of them; a prediction that the bundle was loaded with stays.
     UserError: no such part, one of another kind or family, or as its loader.
     """
     changed = lookup(PARTS, name, "part")(bundle, where, dtype)
@@ -29,23 +42,49 @@ def replace_part(bundle: Bundle, name: str, where: str | Path, dtype: str | torc
 
 
 def _unet(bundle: Bundle, where: str | Path, dtype: str | torch.dtype) -> Bundle:
-    net, old = load_unet(where, dtype, _device(bundle.denoiser)), bundle.config
+    path, old = _downloaded(where), bundle.config
+    net = load_unet(path, dtype, _device(bundle.denoiser))
     new = net.config
     found = (family_of(new).name, new.context_dim, new.pooled_dim, new.added_dim, new.channels_out)
     wanted = (bundle.family.name, old.context_dim, old.pooled_dim, old.added_dim, old.channels_out)
     words = ("family", "features of the text", "of the pooled text", "added", "channels of the latents")
     _check(where, "unet", dict(zip(words, zip(wanted, found))))
-    said = scheduler_beside(where)
-    schedule, prediction = (
-        read_scheduler(read_json(said), said) if said else (bundle.schedule, bundle.denoiser.prediction)
-    )
+    schedule, prediction = _reading(bundle, path)
     denoiser = Denoiser(net, prediction, "table", schedule).eval()
     return dataclasses.replace(bundle, denoiser=denoiser, schedule=schedule)
 
 
+def _downloaded(where: str | Path) -> Path:
+    """A U-Net's place on this disk; what is on the hub comes with the `scheduler/` beside it."""
+    if Path(where).exists():
+        return Path(where)
+    name, inside = split_name(where)
+    *above, last = inside.split("/")
+    whole, rest = ("/".join([name, *above]), last) if last == "unet" else (where, "")
+    return locate(whole, partial(needed, variant=None, folders=("unet", "scheduler"))).path / rest
+
+
+def _reading(bundle: Bundle, path: Path) -> tuple[Schedule, str]:
+    """How the U-Net at a path is to be read: as is said beside it or in its file, else as the bundle's own.
+
+    A prediction that was asked for when the bundle was loaded holds for this U-Net too.
+    """
+    if said := scheduler_beside(path):
+        schedule, prediction = read_scheduler(read_json(said), said)
+        return schedule, bundle.asked or prediction
+    own = bundle.denoiser.prediction.name
+    if path.is_file():
+        source = source_of(path)
+        guess = detect(source.shapes)
+        if len(guess.components) > 1 or {"v_pred", "ztsnr"} & source.entries.keys():
+            unsaid = own if usually_v(bundle.family, guess.channels_in) else None
+            return file_reading(path, source, guess, bundle.asked or guess.prediction or unsaid)
+    return bundle.schedule, own
+
+
 def scheduler_beside(where: str | Path) -> Path | None:
     """The `scheduler_config.json` that says how a U-Net is to be read, where `scheduler/` lies beside its folder `unet/`."""
-    path = Path(where).absolute()
+    path = at_hand(where).absolute()
     inside = path.parent if path.is_file() else path
     folder = inside.parent if inside.name == "unet" else path
     file = folder / "scheduler" / "scheduler_config.json"

@@ -43,6 +43,11 @@ def _trained(betas: Any, file: Path) -> Schedule:
     return from_betas(torch.tensor(betas, dtype=torch.float64))
 
 
+def same_levels(a: Schedule, b: Schedule) -> bool:
+    """Whether two tables are one but for rounding: betas are published in half a dozen digits."""
+    return len(a) == len(b) and torch.allclose(a.sigmas, b.sigmas, rtol=1e-3)
+
+
 def scheduler_json(schedule: Schedule, prediction: str, came: Mapping[str, Any]) -> dict[str, Any]:
     """The scheduler_config.json of a schedule and a prediction: `came`, the one there was, if it still says the same.
 

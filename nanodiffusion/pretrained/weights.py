@@ -288,7 +288,7 @@ _FILLS |= {Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_}
 
 
 def _pieces(wanted: Mapping[str, Any], source: Source, rename: Rename | None) -> Mapping[str, Piece]:
-    if rename is None or wanted.keys() == source.entries.keys():
+    if rename is None or wanted == source.shapes:
         return {name: Piece(name) for name in source.entries}
     return rename(source.entries)
 
