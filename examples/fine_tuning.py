@@ -44,7 +44,7 @@ from nanodiffusion.lora import add_lora, read_lora
 from nanodiffusion.nets.sd_unet import SDUNet, SDUNetConfig
 from nanodiffusion.noise import LADDERS, ldm
 from nanodiffusion.pretrained import FAMILIES, Bundle, load_adapter, load_tokens, replace_part
-from nanodiffusion.resume import check_same, parse_settings
+from nanodiffusion.resume import settle
 from nanodiffusion.tasks import AdapterInput, Control, generate
 from nanodiffusion.tensors import save_tensors
 from nanodiffusion.text import CLIPText, CLIPTokenizer, TextConfig
@@ -137,14 +137,9 @@ def call(*words: str) -> None:
 
 def place(out: Path | None, setting: str) -> Path:
     """The folder to work in, by default one of the setting's own. UserError: there is work of another setting in it."""
-    home, now = out or Path("runs/fine-tuning" + f"-{setting}" * (setting != "small")), {"setting": setting}
-    kept, fix = home / "setting.json", "another --out, or remove this folder"
-    if not kept.exists():
-        home.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(now) + "\n")
-    check_same(
-        parse_settings(kept.read_text(), now, kept, fix), now, "this folder holds work of another setting", home, fix
-    )
+    home = out or Path("runs/fine-tuning" + f"-{setting}" * (setting != "small"))
+    what, fix = "this folder holds work of another setting", "another --out, or remove this folder"
+    settle(home / "setting.json", {"setting": setting}, what, home, fix)
     return home
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from nanodiffusion.cli import main as nanodiffusion
 from nanodiffusion.errors import UserError
-from nanodiffusion.resume import check_same, parse_settings
+from nanodiffusion.resume import settle
 
 SETS = {"fashion-mnist": "a photo of a {}", "digits": "a handwritten {}"}  # caption of a class
 PROMPTS = ["a photo of a sneaker", "a photo of a coat", "a photo of a bag", "a handwritten 3", "a handwritten 8"]
@@ -79,14 +79,9 @@ def call(*words: str) -> None:
 
 def place(out: Path | None, setting: str) -> Path:
     """The folder to work in, by default one of the setting's own. UserError: there is work of another setting in it."""
-    home, now = out or Path("runs/latent" + f"-{setting}" * (setting != "small")), {"setting": setting}
-    kept, fix = home / "setting.json", "another --out, or remove this folder"
-    if not kept.exists():
-        home.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(now) + "\n")
-    check_same(
-        parse_settings(kept.read_text(), now, kept, fix), now, "this folder holds work of another setting", home, fix
-    )
+    home = out or Path("runs/latent" + f"-{setting}" * (setting != "small"))
+    what, fix = "this folder holds work of another setting", "another --out, or remove this folder"
+    settle(home / "setting.json", {"setting": setting}, what, home, fix)
     return home
 
 

@@ -33,6 +33,7 @@ from nanodiffusion.data.shards import (
     write_shard,
 )
 from nanodiffusion.errors import UserError, lookup
+from nanodiffusion.resume import check_same, parse_settings
 from nanodiffusion.show import atomic
 
 SETS = ("fashion-mnist", "mnist", "cifar10", "digits")
@@ -316,14 +317,8 @@ def check_plan(out: Path, plan: Mapping[str, Any]) -> None:
         if strange:
             raise UserError("the output folder is not empty", file=out, found=strange[0], fix="out=ANOTHER")
         return
-    try:
-        old = json.loads(file.read_text("utf-8"))
-    except ValueError:
-        old = {}
-    changed = sorted(key for key in {*old, *plan} if old.get(key) != plan.get(key))
-    if changed:
-        found = "; ".join(f"{key} was {old.get(key)!r}, is {plan.get(key)!r}" for key in changed)[:400]
-        raise UserError("this folder holds another preparation", file=out, found=found, fix="out=ANOTHER")
+    old = parse_settings(file.read_bytes(), plan, file, "out=ANOTHER")
+    check_same(old, plan, "this folder holds another preparation", out, "out=ANOTHER")
 
 
 # ---- shards and folders of a source

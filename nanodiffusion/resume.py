@@ -6,6 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from nanodiffusion.errors import UserError
+from nanodiffusion.show import atomic
+
+
+def settle(file: Path, settings: Mapping[str, Any], what: str, where: Path, fix: str) -> None:
+    """Write the settings of the work at `where` into `file`, or hold them against those of an earlier call.
+
+    UserError `what`: they are others. Also: they are damaged, or cannot be written.
+    """
+    if file.exists():
+        return check_same(parse_settings(file.read_bytes(), settings, file, fix), settings, what, where, fix)
+    with atomic(file) as part:
+        part.write_text(json.dumps(settings, sort_keys=True))
 
 
 def parse_settings(text: str | bytes, like: Mapping[str, Any], file: Path, fix: str) -> dict[str, Any]:

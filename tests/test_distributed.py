@@ -304,8 +304,12 @@ def saves_for_long(folder: Path) -> None:
 
 def test_processes_save_before_an_interrupted_launch_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "SECONDS", 0.2)
-    with pytest.raises(KeyboardInterrupt):
-        launch(saves_for_long, (tmp_path,))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch(saves_for_long, (tmp_path,))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved-0", "saved-1"]
 
 

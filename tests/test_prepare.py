@@ -485,7 +485,7 @@ def test_another_preparation_is_not_mixed_into_a_folder(tmp_path: Path, capsys: 
     source = photos(tmp_path / "photos")
     assert run(source, f"out={tmp_path / 'a'}", "per_shard=4") == 0
     assert run(source, f"out={tmp_path / 'a'}", "per_shard=5") == 2
-    assert "per_shard was 4, is 5" in capsys.readouterr().err
+    assert "key per_shard\n  expected: {'per_shard': 4}\n  found: {'per_shard': 5}" in capsys.readouterr().err
     (source / "cat" / "01.txt").write_text("another caption")
     before = sums(tmp_path / "a")
     assert run(source, f"out={tmp_path / 'a'}", "per_shard=4") == 2

@@ -19,8 +19,10 @@ from nanodiffusion.cli.sample.job import Job
 from nanodiffusion.distributed import World
 from nanodiffusion.errors import UserError
 from nanodiffusion.metadata import read_settings
-from nanodiffusion.resume import check_same, parse_settings
+from nanodiffusion.resume import check_same, parse_settings, settle
 from nanodiffusion.tensors import load_meta, save_tensors
+
+OTHERS = "samples with other settings are there"
 
 
 class Sink(Protocol):
@@ -95,8 +97,8 @@ class Folder:
         there = next((i for i in range(self.job.n) if self._path(i).exists()), None) if w.first else None
         if there is not None:
             old, new = read_settings(self._path(there)), self.settings | self._own(there)
-            what, fix = "pictures with other settings are there", f"another out=, or delete {self.folder}"
-            check_same(old | {"n": self.job.n}, new, what, self._path(there), fix)
+            fix = f"another out=, or delete {self.folder}"
+            check_same(old | {"n": self.job.n}, new, OTHERS, self._path(there), fix)
 
     def has(self, start: int, stop: int) -> bool:
         """Whether the files of samples start..stop-1 are there."""
@@ -140,17 +142,14 @@ class Array:
     def there(self) -> bool:
         """Whether the whole file is."""
         if self.path.exists():
-            self._check(settings_of(self.path, self.key), self.path, self.path)
+            old = parse_settings(settings_of(self.path, self.key), self.settings, self.path, self._fix(self.path))
+            check_same(old, self.settings, OTHERS, self.path, self._fix(self.path))
         return self.path.exists()
 
     def open(self, w: World) -> None:
         """Begin, or go on, in the folder of batches."""
-        known = self.parts / "settings.json"
-        if w.first and known.exists():
-            self._check(known.read_bytes(), known, self.parts)
-        elif w.first:
-            with show.atomic(known) as part:
-                part.write_text(self.text)
+        if w.first:
+            settle(self.parts / "settings.json", self.settings, OTHERS, self.parts, self._fix(self.parts))
 
     def has(self, start: int, stop: int) -> bool:
         """Whether the batch that starts there is."""
@@ -173,11 +172,8 @@ class Array:
             join(self.path, self.name, files, self.job.n, {"settings": np.array(self.text), **small})
         shutil.rmtree(self.parts)
 
-    def _check(self, old: str | bytes, file: Path, where: Path) -> None:
-        """UserError unless the samples at `where` were made as those to come, by the settings in `file`."""
-        fix = f"another {self.key}=, or delete {where}"
-        before = parse_settings(old, self.settings, file, fix)
-        check_same(before, self.settings, "samples with other settings are there", where, fix)
+    def _fix(self, where: Path) -> str:
+        return f"another {self.key}=, or delete {where}"
 
     def _part(self, start: int) -> Path:
         return self.parts / f"{start:09d}.npy"
