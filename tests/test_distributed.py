@@ -302,6 +302,7 @@ def saves_for_long(folder: Path) -> None:
     (folder / f"saved-{os.environ['RANK']}").touch()
 
 
+@pytest.mark.slow
 def test_processes_save_before_an_interrupted_launch_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "SECONDS", 0.2)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores it
