@@ -174,6 +174,15 @@ def test_of_a_mixed_folder_all_weights_are_kept_and_shards_with_their_index(tmp_
     ]
 
 
+def test_two_pickles_that_would_become_one_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "old/vae").mkdir(parents=True)
+    for name in ("model.bin", "pytorch_model.bin"):
+        torch.save(state(), tmp_path / "old/vae" / name)
+    assert main(["convert", str(tmp_path / "old"), str(tmp_path / "new")]) == 2
+    assert "found: vae/model.bin and vae/pytorch_model.bin" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 def test_a_folder_of_pickles_becomes_a_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")

@@ -231,6 +231,10 @@ def _unpickle_folder(order: Order, target: Path) -> Iterator[str]:
     pickles = _pickles(order.source)
     kept = [file for file in sorted(order.source.rglob("*")) if file.suffix in KEPT and file.is_file()]
     place = {f: target / f.relative_to(order.source).with_name(_safe_name(f.name)) for f in [*pickles, *kept]}
+    if alike := [(a, b) for a, b in itertools.combinations(pickles, 2) if place[a] == place[b]]:
+        found = " and ".join(str(file.relative_to(order.source)) for file in alike[0])
+        what = "two pickles would become one file"
+        raise UserError(what, file=order.source, expected="one of them", found=found, fix="remove the other")
     converted = {place[file] for file in place if place[file].name != file.name}
     for file in kept:
         place[file].parent.mkdir(parents=True, exist_ok=True)
