@@ -44,7 +44,7 @@ from nanodiffusion.lora import add_lora, read_lora
 from nanodiffusion.nets.sd_unet import SDUNet, SDUNetConfig
 from nanodiffusion.noise import LADDERS, ldm
 from nanodiffusion.pretrained import FAMILIES, Bundle, load_adapter, load_tokens, replace_part
-from nanodiffusion.resume import settle
+from nanodiffusion.resume import keep_settings
 from nanodiffusion.tasks import AdapterInput, Control, generate
 from nanodiffusion.tensors import save_tensors
 from nanodiffusion.text import CLIPText, CLIPTokenizer, TextConfig
@@ -139,7 +139,7 @@ def place(out: Path | None, setting: str) -> Path:
     """The folder to work in, by default one of the setting's own. UserError: there is work of another setting in it."""
     home = out or Path("runs/fine-tuning" + f"-{setting}" * (setting != "small"))
     what, fix = "this folder holds work of another setting", "another --out, or remove this folder"
-    settle(home / "setting.json", {"setting": setting}, what, home, fix)
+    keep_settings(home / "setting.json", {"setting": setting}, what, home, fix)
     return home
 
 

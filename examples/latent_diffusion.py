@@ -21,7 +21,7 @@ from pathlib import Path
 
 from nanodiffusion.cli import main as nanodiffusion
 from nanodiffusion.errors import UserError
-from nanodiffusion.resume import settle
+from nanodiffusion.resume import keep_settings
 
 SETS = {"fashion-mnist": "a photo of a {}", "digits": "a handwritten {}"}  # caption of a class
 PROMPTS = ["a photo of a sneaker", "a photo of a coat", "a photo of a bag", "a handwritten 3", "a handwritten 8"]
@@ -81,7 +81,7 @@ def place(out: Path | None, setting: str) -> Path:
     """The folder to work in, by default one of the setting's own. UserError: there is work of another setting in it."""
     home = out or Path("runs/latent" + f"-{setting}" * (setting != "small"))
     what, fix = "this folder holds work of another setting", "another --out, or remove this folder"
-    settle(home / "setting.json", {"setting": setting}, what, home, fix)
+    keep_settings(home / "setting.json", {"setting": setting}, what, home, fix)
     return home
 
 

@@ -9,7 +9,7 @@ from nanodiffusion.errors import UserError
 from nanodiffusion.show import atomic
 
 
-def settle(file: Path, settings: Mapping[str, Any], what: str, where: Path, fix: str) -> None:
+def keep_settings(file: Path, settings: Mapping[str, Any], what: str, where: Path, fix: str) -> None:
     """Write the settings of the work at `where` into `file`, or hold them against those of an earlier call.
 
     UserError `what`: they are others. Also: they are damaged, or cannot be written.

@@ -19,7 +19,7 @@ from nanodiffusion.cli.sample.job import Job
 from nanodiffusion.distributed import World
 from nanodiffusion.errors import UserError
 from nanodiffusion.metadata import read_settings
-from nanodiffusion.resume import check_same, parse_settings, settle
+from nanodiffusion.resume import check_same, keep_settings, parse_settings
 from nanodiffusion.tensors import load_meta, save_tensors
 
 OTHERS = "samples with other settings are there"
@@ -149,7 +149,7 @@ class Array:
     def open(self, w: World) -> None:
         """Begin, or go on, in the folder of batches."""
         if w.first:
-            settle(self.parts / "settings.json", self.settings, OTHERS, self.parts, self._fix(self.parts))
+            keep_settings(self.parts / "settings.json", self.settings, OTHERS, self.parts, self._fix(self.parts))
 
     def has(self, start: int, stop: int) -> bool:
         """Whether the batch that starts there is."""
